@@ -1,0 +1,191 @@
+"""Figures of a run, as PNG files: the loss curves and the load of the experts."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from ssm_moe.shapes import Float
+
+# Okabe and Ito's palette, which readers with any colour vision can tell apart.
+_BLUE, _ORANGE, _GREY = '#0072B2', '#D55E00', '#595959'
+# Cells that can still be read with a number in them.
+_MAX_LABELLED_EXPERTS, _MAX_LABELLED_LAYERS = 16, 32
+
+
+def plot_loss(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+  """Draws training and validation loss against tokens, and bits per byte where rows have them.
+
+  Args:
+    rows: Of metrics.jsonl: `tokens` with `train_loss`, or with `valid_loss` and
+      `valid_bits_per_byte`; losses in nats a token. Rows and values may be missing.
+    path: Of the PNG file.
+  """
+  train = _curve(rows, 'train_loss')
+  valid = _curve(rows, 'valid_loss')
+  bits = _curve(rows, 'valid_bits_per_byte')
+  panels = 2 if len(bits) else 1
+  figure = _figure(5.2 * panels + 0.8, 4.2)
+  axes = figure.subplots(1, panels, squeeze=False)[0]
+
+  loss = axes[0]
+  smooth = _smoothed(train)
+  if len(smooth) != len(train):
+    loss.plot(*train.T, color=_BLUE, alpha=0.25, linewidth=0.8)
+  if len(train):
+    marker = 'o' if len(train) < 3 else None
+    loss.plot(*smooth.T, color=_BLUE, linewidth=1.8, marker=marker, label='training')
+  if len(valid):
+    loss.plot(*valid.T, color=_ORANGE, linewidth=1.8, marker='o', markersize=4, label='validation')
+  title = 'Loss'
+  if len(valid):
+    title = f'Validation loss {valid[-1, 1]:.3f} after {_tokens(valid[-1, 0])} tokens'
+  elif len(train):
+    title = f'Training loss {smooth[-1, 1]:.3f} after {_tokens(train[-1, 0])} tokens'
+  _finish(loss, title, 'cross entropy [nats per token]', np.concatenate([smooth, valid]))
+  if len(train) or len(valid):
+    loss.legend(frameon=False)
+  else:
+    _say_instead(loss, 'no losses yet')
+
+  if len(bits):
+    axes[1].plot(*bits.T, color=_ORANGE, linewidth=1.8, marker='o', markersize=4)
+    title = f'Validation {bits[-1, 1]:.3f} bits per byte'
+    _finish(axes[1], title, 'bits per byte', bits)
+  figure.savefig(path)
+
+
+def plot_expert_load(
+  load: Float[np.ndarray, 'layers E'] | Sequence[Float[np.ndarray, '_']],
+  path: str | os.PathLike,
+  layer_names: Sequence[str],
+) -> None:
+  """Draws which share of the assignments each expert of each layer got.
+
+  Colours are shares in multiples of 1/E, white at perfect balance, so that layers with different
+  numbers of experts can be compared.
+
+  Args:
+    load: By layer and expert; each layer adds up to 1. A list where layers have different
+      numbers of experts.
+    path: Of the PNG file.
+    layer_names: One a layer.
+  """
+  layers = [np.asarray(row, np.float64) for row in load]
+  if len(layers) != len(layer_names):
+    raise ValueError(f'{len(layers)} layers of loads and {len(layer_names)} names')
+  experts = max((len(row) for row in layers), default=0)
+  labelled = experts <= _MAX_LABELLED_EXPERTS and len(layers) <= _MAX_LABELLED_LAYERS
+  cell = 0.62 if labelled else 0.24
+  figure = _figure(max(5.6, 2.4 + cell * experts), max(2.6, 1.6 + 0.34 * min(len(layers), 40)))
+  axes = figure.subplots()
+  unit = ', in %' if labelled else ''
+  title = f'Share of assignments per expert{unit}\n{_balance(layers)}'
+  axes.set_title(title, loc='left', fontsize=11)
+  axes.set_xlabel('expert')
+  if not experts:
+    _say_instead(axes, 'no expert layers')
+    figure.savefig(path)
+    return
+
+  share = np.full((len(layers), experts), np.nan)
+  for index, row in enumerate(layers):
+    share[index, : len(row)] = row * len(row)
+  # 4 keeps a single hot expert from bleaching all others; the colour bar says that it is cut there.
+  top = 4.0 if np.nanmax(share, initial=0.0) > 2 else 2.0
+  axes.set_facecolor('#C8C8C8')  # where a layer has no such expert
+  image = axes.imshow(
+    np.ma.masked_invalid(share), cmap='PuOr', norm=TwoSlopeNorm(1, 0, top), aspect='auto'
+  )
+  bar = figure.colorbar(image, ax=axes, extend='max', ticks=np.linspace(0, top, int(top) + 1))
+  bar.set_label('share, in multiples of 1/E')
+  bar.outline.set_visible(False)
+  every = -(-len(layers) // 40)
+  axes.set_yticks(range(0, len(layers), every), layer_names[::every])
+  axes.set_xticks(range(0, experts, -(-experts // 16)))
+  axes.tick_params(length=0)
+  axes.spines[:].set_visible(False)
+  # White lines between cells.
+  axes.set_xticks(np.arange(0.5, experts - 1), minor=True)
+  axes.set_yticks(np.arange(0.5, len(layers) - 1), minor=True)
+  axes.grid(which='minor', color='white', linewidth=1)
+  axes.tick_params(which='minor', length=0)
+  if labelled:
+    for index, row in enumerate(layers):
+      for expert, value in enumerate(row):
+        dark = not 0.35 < share[index, expert] < 1 + 0.65 * (top - 1)
+        axes.text(
+          expert,
+          index,
+          f'{100 * value:.0f}' if value == 0 or value >= 0.0095 else '<1',
+          ha='center',
+          va='center',
+          fontsize=8,
+          color='white' if dark else 'black',
+        )
+  figure.savefig(path)
+
+
+def _balance(layers: Sequence[np.ndarray]) -> str:
+  sizes = sorted({len(row) for row in layers})
+  balance = ' or '.join(f'1/{size} = {100 / size:.3g} %' for size in sizes)
+  dead = sum(int((row == 0).sum()) for row in layers)
+  unused = f'; {dead} expert{"s" if dead > 1 else ""} unused' if dead else ''
+  return f'perfect balance is {balance}{unused}' if sizes else ''
+
+
+def _figure(width: float, height: float) -> Figure:
+  figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def _say_instead(axes: Any, text: str) -> None:
+  axes.set_axis_off()
+  axes.text(0.5, 0.5, text, ha='center', va='center', color=_GREY, transform=axes.transAxes)
+
+
+def _finish(axes: Any, title: str, label: str, points: np.ndarray) -> None:
+  axes.set_title(title, loc='left', fontsize=11)
+  axes.set_xlabel('tokens')
+  axes.set_ylabel(label)
+  axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.grid(axis='y', color='#DDDDDD', linewidth=0.6)
+  axes.set_axisbelow(True)
+  axes.set_xlim(left=0)
+  # The first steps of a run are far above all that follows: show the part that is to be read.
+  if len(points) > 20:
+    low, usual, high = np.quantile(points[:, 1], [0, 0.98, 1])
+    if usual > low:
+      margin = 0.05 * (usual - low)
+      axes.set_ylim(low - margin, min(high, low + 1.6 * (usual - low)) + margin)
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], key: str) -> Float[np.ndarray, 'points 2']:
+  """Returns tokens and values of the rows that have a finite number there."""
+  points = [
+    (row['tokens'], row[key])
+    for row in rows
+    if row.get('tokens') is not None and row.get(key) is not None
+  ]
+  curve = np.asarray(points, np.float64).reshape(-1, 2)
+  return curve[np.isfinite(curve).all(axis=1)]
+
+
+def _smoothed(curve: Float[np.ndarray, 'points 2']) -> Float[np.ndarray, 'fewer 2']:
+  """Returns running means over a fiftieth of the points, if there are many."""
+  width = len(curve) // 50
+  if width < 2:
+    return curve
+  kernel = np.full(width, 1 / width)
+  return np.stack([np.convolve(column, kernel, 'valid') for column in curve.T], axis=1)
+
+
+def _tokens(count: float) -> str:
+  return EngFormatter(places=3 if count >= 1e9 else 1, sep='')(count)

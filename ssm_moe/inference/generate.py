@@ -1,0 +1,54 @@
+"""Writes text: the prompt in one parallel pass, then token by token at constant cost."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ssm_moe.config import ModelConfig
+from ssm_moe.models import lm
+from ssm_moe.shapes import Array, Float, Int, Key, PyTree
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'num_tokens', 'temperature'))
+def generate(
+  params: PyTree,
+  prompt: Int[Array, 'B L'],
+  key: Key[Array, ''],
+  *,
+  config: ModelConfig,
+  num_tokens: int,
+  temperature: float,
+) -> Int[Array, 'B num_tokens']:
+  """Continues each prompt by `num_tokens` tokens.
+
+  Args:
+    params: Of the model.
+    prompt: Inputs so far, at least one.
+    key: Of the random draws.
+    config: Of the model.
+    num_tokens: How many to write.
+    temperature: Divides the logits before a token is drawn; 0 takes the likeliest.
+  """
+  model = lm.LM(config)
+  variables = {'params': params}
+
+  def draw(logits: Float[Array, 'B V'], key) -> Int[Array, 'B']:
+    if temperature == 0:
+      return jnp.argmax(logits, axis=-1).astype(prompt.dtype)
+    return jax.random.categorical(key, logits / temperature, axis=-1).astype(prompt.dtype)
+
+  def one_token(carry, key):
+    token, state = carry
+    logits, state = model.apply(variables, token, state, method='step')
+    following = draw(logits, key)
+    return (following, state), following
+
+  output = model.apply(variables, prompt)
+  logits = model.apply(variables, output.hidden[:, -1], method='logits')
+  first_key, *keys = jax.random.split(key, num_tokens)
+  first = draw(logits, first_key)
+  if not keys:
+    return first[:, None]
+  _, rest = jax.lax.scan(one_token, (first, output.state), jnp.stack(keys))
+  return jnp.concatenate([first[:, None], rest.T], axis=1)

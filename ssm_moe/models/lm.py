@@ -1,0 +1,155 @@
+"""The language model: embedding, periods of layers, norm, head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from ssm_moe.config import ModelConfig
+from ssm_moe.layers import initializers, mamba
+from ssm_moe.layers.norm import make_norm
+from ssm_moe.models.block import Period, PeriodAux, PeriodState, layer_names
+from ssm_moe.shapes import Array, Bool, Float, Int
+
+
+class LMOutput(struct.PyTreeNode):
+  """What the model says of a batch of sequences.
+
+  Attributes:
+    hidden: The stream before the head; `head_matrix` makes logits of it.
+    state: By layer name, each leaf stacked over the periods: what the next window starts from.
+    aux: By layer name, each leaf stacked over the periods: losses and statistics of routed layers.
+  """
+
+  hidden: Float[Array, 'B L M']
+  state: PeriodState
+  aux: PeriodAux
+
+
+class LM(nn.Module):
+  """A stack of periods over token embeddings.
+
+  Initialisation 'samba': linear maps as PyTorch's default, embedding and head normal with deviation
+  0.02, output projections divided by sqrt(residual branches), as in the code of Samba
+  (https://arxiv.org/abs/2406.07522). 'moe_mamba': embedding, head, router and experts normal with
+  variance 0.1 / fan-in, cut at 0.2, Mamba as in its authors' code; so does the code of MoE-Mamba
+  (https://arxiv.org/abs/2401.04081).
+  """
+
+  config: ModelConfig
+
+  def setup(self):
+    config = self.config
+    moe_mamba = config.initialization == 'moe_mamba'
+    embed_init = initializers.truncated_normal(1) if moe_mamba else nn.initializers.normal(0.02)
+    self.embedding = self.param(
+      'embedding',
+      nn.with_logical_partitioning(embed_init, ('vocab', 'embed')),
+      (config.vocab_size, config.d_model),
+      jnp.float32,
+    )
+    if not config.tie_embeddings:
+      head_init = (
+        initializers.truncated_normal(config.d_model) if moe_mamba else nn.initializers.normal(0.02)
+      )
+      self.head = self.param(
+        'head',
+        nn.with_logical_partitioning(head_init, ('embed', 'vocab')),
+        (config.d_model, config.vocab_size),
+        jnp.float32,
+      )
+    if config.final_norm:
+      self.final_norm = make_norm(config.norm, jnp.dtype(config.dtype))
+    self.periods = self._stack({'__call__': (0, nn.broadcast, nn.broadcast), 'step': (0,)})
+
+  def __call__(
+    self,
+    tokens: Int[Array, 'B L'],
+    *,
+    segment_ids: Int[Array, 'B L'] | None = None,
+    mask: Bool[Array, 'B L'] | None = None,
+    state: PeriodState | None = None,
+  ) -> LMOutput:
+    """Runs over sequences.
+
+    Args:
+      tokens: Inputs; the output at each says what comes next.
+      segment_ids: Document of each token: nothing flows from one to the next. The first position
+        continues the document that `state` comes from.
+      mask: Tokens that count in routing statistics and take expert capacity; all if None.
+      state: From the window before; nothing if None.
+    """
+    x = self._embed(tokens)
+    x, (state, aux) = self.periods(x, state, segment_ids, mask)
+    return LMOutput(self._normalize(x), state, aux)
+
+  def step(
+    self, tokens: Int[Array, 'B'], state: PeriodState
+  ) -> tuple[Float[Array, 'B V'], PeriodState]:
+    """Returns the float32 logits after one more token, and the state for the next."""
+    x, state = self.periods.step(self._embed(tokens), state)
+    return self.logits(self._normalize(x)), state
+
+  def logits(self, hidden: Float[Array, '*B M']) -> Float[Array, '*B V']:
+    """Returns float32 logits. Training never does this for a whole batch: see `losses`."""
+    head = self.embedding.T if self.config.tie_embeddings else self.head
+    return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+  def _embed(self, tokens: Array) -> Array:
+    return self.embedding.astype(jnp.dtype(self.config.residual_dtype))[tokens]
+
+  def _normalize(self, x: Array) -> Array:
+    if self.config.final_norm:
+      return self.final_norm(x)
+    return x.astype(jnp.dtype(self.config.dtype))
+
+  def _stack(self, in_axes: dict[str, Any]) -> nn.Module:
+    """Returns all periods as one module, its parameters stacked over them."""
+    period = Period
+    if self.config.remat == 'period':
+      period = nn.remat(Period, prevent_cse=not self.config.scan_periods)
+    # With several methods, flax reads every option from the method's own entry.
+    options = {
+      'variable_axes': {'params': 0},
+      'split_rngs': {'params': True},
+      'length': self.config.num_periods,
+      'unroll': 1 if self.config.scan_periods else self.config.num_periods,
+      'metadata_params': {nn.PARTITION_NAME: 'layers'},
+    }
+    methods = {name: {**options, 'in_axes': axes} for name, axes in in_axes.items()}
+    scanned = nn.scan(period, methods=methods)
+    return scanned(self.config)
+
+
+def head_matrix(params: Any, config: ModelConfig) -> Float[Array, 'M V']:
+  """Returns the matrix that makes logits of hidden states."""
+  return params['embedding'].T if config.tie_embeddings else params['head']
+
+
+def initial_state(config: ModelConfig, batch: int) -> PeriodState:
+  """Returns the state before any token, stacked over the periods."""
+  state = mamba.initial_state(
+    config.mamba, d_model=config.d_model, batch=batch, dtype=jnp.dtype(config.dtype)
+  )
+  stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * config.num_periods), state)
+  return {name: stacked for name, letter in layer_names(config).items() if letter == 'M'}
+
+
+def auxiliary_loss(aux: PeriodAux, config: ModelConfig) -> Float[Array, '']:
+  """Returns the routing losses, each the mean over the layers of a kind, times its coefficient.
+
+  The mean, not the sum, as in MoE-Mamba's code: the coefficient then means the same at any depth.
+  """
+  settings = {'M': config.mamba.rom, 'E': config.moe}
+  total = jnp.zeros((), jnp.float32)
+  for letter, setting in settings.items():
+    names = [name for name, kind in layer_names(config).items() if kind == letter]
+    layers = [aux[name] for name in names if name in aux]
+    if not layers:
+      continue
+    balance = jnp.mean(jnp.stack([layer.load_balancing_loss for layer in layers]))
+    z = jnp.mean(jnp.stack([layer.router_z_loss for layer in layers]))
+    total += setting.load_balancing_coefficient * balance + setting.router_z_coefficient * z
+  return total

@@ -1,0 +1,5 @@
+"""Rows sorted by expert, times that expert's matrix: `grouped_matmul`."""
+
+from ssm_moe.ops.grouped_matmul.api import grouped_matmul
+
+__all__ = ['grouped_matmul']

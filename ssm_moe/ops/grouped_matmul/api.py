@@ -1,0 +1,54 @@
+"""The public function: checks its arguments and selects an implementation."""
+
+from typing import Literal
+
+from ssm_moe.ops import implementation as implementation_lib
+from ssm_moe.ops.grouped_matmul import reference, tiled
+from ssm_moe.shapes import Array, Float, Int
+
+Implementation = Literal['auto', 'reference', 'tiled']
+
+_CANDIDATES = {
+  'tiled': implementation_lib.always,
+  'reference': implementation_lib.always,
+}
+
+
+def grouped_matmul(
+  rows: Float[Array, 'S M'],
+  weights: Float[Array, 'E M *F'],
+  group_sizes: Int[Array, 'E'],
+  *,
+  implementation: Implementation = 'auto',
+) -> Float[Array, 'S *F']:
+  """Multiplies each row with the matrix of its group.
+
+  y_s = rows_s weights_{e(s)},    e(s) the group of row s.
+
+  The output axes of the weights may be several; they stay apart, so that each can be sharded.
+
+  Args:
+    rows: Sorted by group: the first group_sizes[0] rows belong to group 0, and so on.
+    weights: One matrix for each group, in the dtype of `rows`.
+    group_sizes: Rows of each group; any may be zero. They add up to S.
+    implementation: 'auto' selects by backend; a name never falls back to another.
+
+  Returns:
+    The products in the dtype of `rows`, accumulated in float32 or better. Gradients flow to `rows`
+    and `weights`.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit.
+    NotImplementedError: the named implementation cannot run these arguments.
+  """
+  if rows.shape[1] != weights.shape[1]:
+    raise ValueError(f'rows have {rows.shape[1]} columns and weights {weights.shape[1]} rows')
+  if weights.shape[0] != group_sizes.shape[0]:
+    raise ValueError(f'{weights.shape[0]} matrices for {group_sizes.shape[0]} group sizes')
+  if rows.dtype != weights.dtype:
+    raise ValueError(f'rows are {rows.dtype} and weights {weights.dtype}; give both in one dtype')
+  match implementation_lib.select('grouped_matmul', implementation, _CANDIDATES):
+    case 'tiled':
+      return tiled.grouped_matmul(rows, weights, group_sizes)
+    case _:
+      return reference.grouped_matmul(rows, weights, group_sizes)

@@ -1,0 +1,359 @@
+"""Checkpoints that are whole or absent, and that are proven good before they are used.
+
+  DIRECTORY/00000200/state/          the arrays, as Orbax writes them
+  DIRECTORY/00000200/MANIFEST.json   step, metadata, config, shapes, size and SHA-256 of each file
+  DIRECTORY/00000300.unfinished/     a save under way, or one that a kill cut short
+  DIRECTORY/00000250.damaged/        set aside after a restore that had to fall back
+
+A save is published by renaming its folder, after Orbax has committed and the manifest, with its own
+checksum in it, is on disk. A kill before the rename loses this save only: older checkpoints are
+removed after it. Orbax alone restores flipped bits without a word, hence the checksums.
+
+The directory is on a POSIX file system, and one process writes to it; others may read meanwhile.
+Nothing else in this project knows Orbax.
+"""
+
+import concurrent.futures
+import json
+import logging as python_logging
+import math
+import os
+import pathlib
+import re
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+
+from ssm_moe.config import ModelConfig, to_dict
+from ssm_moe.errors import UserError
+from ssm_moe.shapes import PyTree
+from ssm_moe.training import manifest as manifest_lib
+
+_STATE = 'state'
+_UNFINISHED = '.unfinished'
+_DAMAGED = '.damaged'
+_REMOVED = '.removed'
+# Fields of the model's config that say how it is computed, not what: they may change on resume.
+_EXECUTION_FIELDS = ('remat', 'scan_implementation')
+_ABSENT = object()
+
+
+class Restored(NamedTuple):
+  """What a checkpoint held.
+
+  Attributes:
+    state: The tree of the template, on the template's shardings.
+    step: Training steps done.
+    metadata: As given to `save`, after a round trip through JSON.
+    skipped: One line for each newer checkpoint that was damaged.
+  """
+
+  state: PyTree
+  step: int
+  metadata: dict[str, Any]
+  skipped: list[str]
+
+
+class Checkpointer:
+  """Saves and restores training states under one directory.
+
+  Use it as a context manager, or call `close` in a `finally`: a save that is under way when the
+  interpreter exits is lost.
+
+  Args:
+    directory: Made at the first save.
+    config: The whole config as plain nested dictionaries; `config['model']` decides which
+      checkpoints may be restored.
+    keep_last: Newest checkpoints that are kept; the one of lowest validation loss is kept besides.
+  """
+
+  def __init__(self, directory: str | os.PathLike, *, config: dict[str, Any], keep_last: int):
+    self._directory = pathlib.Path(directory).absolute()
+    self._config = config
+    self._keep_last = keep_last
+    self._damaged: set[int] = set()
+    self._pending: concurrent.futures.Future | None = None
+    self._finaliser = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
+    # Orbax logs about 27 lines a save at level INFO, on the logger that everything else uses.
+    python_logging.getLogger('absl').addFilter(_is_not_orbax_chatter)
+    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+
+  def __enter__(self) -> 'Checkpointer':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def steps(self) -> list[int]:
+    """Returns the steps of whole checkpoints, oldest first, by manifest and file sizes."""
+    return [step for step in self._published() if self._is_whole(step)]
+
+  def latest_step(self) -> int | None:
+    """Returns the newest of `steps`; a save under way does not count."""
+    return max(self.steps(), default=None)
+
+  def save(
+    self, step: int, state: PyTree, *, metadata: dict[str, Any], valid_loss: float | None = None
+  ) -> None:
+    """Starts to save, after the save before has finished.
+
+    When it returns, the arrays have been copied to the host and may be donated. A step that is
+    saved already keeps its arrays; only its metadata and validation loss are replaced.
+
+    Args:
+      step: Training steps done.
+      state: Arrays of any dtype, typed random keys among them, in any registered tree.
+      metadata: What JSON can hold, without NaN and infinity.
+      valid_loss: Decides which checkpoint is the best; None or NaN never is.
+
+    Raises:
+      ValueError or TypeError: `metadata` is not strict JSON.
+      Exception: whatever the save before met in the background.
+    """
+    self.wait()
+    arrays = _named_leaves(state)
+    manifest = {
+      'schema_version': manifest_lib.SCHEMA_VERSION,
+      'step': step,
+      'valid_loss': valid_loss if valid_loss is not None and math.isfinite(valid_loss) else None,
+      'metadata': metadata,
+      'config': self._config,
+      'arrays': {name: _describe(array) for name, array in arrays.items()},
+    }
+    # A copy, and a refusal of what JSON cannot hold, before anything is touched.
+    manifest = json.loads(manifest_lib.encode(manifest))
+    self._clean()
+    folder = self._folder(step)
+    if step in self.steps():
+      manifest['files'] = manifest_lib.read(folder)['files']
+      manifest_lib.write(folder, manifest)
+      return
+    unfinished = self._folder(step, _UNFINISHED)
+    unfinished.mkdir(parents=True)
+    # Orbax refuses arrays without elements; the template alone can make them again.
+    arrays = {name: array for name, array in arrays.items() if array.size}
+    self._orbax.save(unfinished / _STATE, args=ocp.args.PyTreeSave(arrays))
+    self._pending = self._finaliser.submit(self._finalise, unfinished, folder, manifest)
+
+  def wait(self) -> None:
+    """Waits until the save under way is published; raises what it met, once."""
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      pending.result()
+
+  def close(self) -> None:
+    """Waits as `wait` does, and ends the background threads."""
+    try:
+      self.wait()
+    finally:
+      self._finaliser.shutdown()
+      self._orbax.close()
+
+  def restore(self, template: PyTree, *, partial: bool = False) -> Restored | None:
+    """Restores the newest checkpoint whose every file has its checksum.
+
+    Writes nothing. The next `save` sets aside what was found damaged here.
+
+    Args:
+      template: Tree of `jax.ShapeDtypeStruct` (or arrays) with a sharding each, on any mesh.
+      partial: The checkpoint may hold arrays besides those of the template, for example to restore
+        `{'params': ...}` of a whole training state.
+
+    Returns:
+      None if there is no checkpoint.
+
+    Raises:
+      UserError: every checkpoint is damaged; the newest good one belongs to another architecture,
+        or a newer version of this library wrote it.
+    """
+    self.wait()
+    targets = _named_leaves(template)
+    for name, target in targets.items():
+      if getattr(target, 'sharding', None) is None:
+        raise ValueError(f'template: {name} has no sharding')
+    skipped: dict[int, str] = {}
+    # Listed again after each failure: a run that is training may publish and remove meanwhile.
+    while steps := [step for step in self._published() if step not in skipped]:
+      folder = self._folder(steps[-1])
+      try:
+        manifest = manifest_lib.read(folder)
+        if manifest['step'] != steps[-1]:
+          raise manifest_lib.DamagedError(f'holds step {manifest["step"]}')
+        self._check_config(folder, manifest)
+        manifest_lib.check_files(folder, manifest, checksums=True)
+      except manifest_lib.DamagedError as reason:
+        skipped[steps[-1]] = f'{folder.name}: {reason}'
+        logging.warning('%s: checkpoint skipped: %s', folder, reason)
+        continue
+      _check_arrays(folder, manifest, targets, partial)
+      self._damaged = set(skipped)
+      state = _restore_arrays(self._orbax, folder / _STATE, targets)
+      leaves = [state[name] for name in targets]
+      return Restored(
+        jax.tree.unflatten(jax.tree.structure(template), leaves),
+        manifest['step'],
+        manifest['metadata'],
+        list(skipped.values()),
+      )
+    if skipped:
+      raise UserError(
+        f'{self._directory}: no checkpoint is good ({"; ".join(skipped.values())}); '
+        'move the folder away to begin anew'
+      )
+    return None
+
+  def _folder(self, step: int, suffix: str = '') -> pathlib.Path:
+    return self._directory / f'{step:08d}{suffix}'
+
+  def _published(self) -> list[int]:
+    if not self._directory.is_dir():
+      return []
+    names = [path.name for path in self._directory.iterdir()]
+    return sorted(int(name) for name in names if re.fullmatch(r'\d{8,}', name))
+
+  def _is_whole(self, step: int) -> bool:
+    folder = self._folder(step)
+    if step in self._damaged:
+      return False
+    try:
+      manifest_lib.check_files(folder, manifest_lib.read(folder), checksums=False)
+    except manifest_lib.DamagedError:
+      return False
+    return True
+
+  def _finalise(self, unfinished: pathlib.Path, folder: pathlib.Path, manifest: dict) -> None:
+    self._orbax.wait_until_finished()
+    manifest['files'] = manifest_lib.list_files(unfinished)
+    manifest_lib.write(unfinished, manifest)
+    if folder.exists():  # and is not whole, else `save` would have kept it
+      _set_aside(folder)
+    unfinished.rename(folder)
+    manifest_lib.sync(self._directory)
+    self._prune()
+
+  def _prune(self) -> None:
+    steps = self.steps()
+    losses = {step: manifest_lib.read(self._folder(step))['valid_loss'] for step in steps}
+    rated = [step for step in steps if losses[step] is not None]
+    keep = set(steps[-self._keep_last :])
+    keep |= {min(rated, key=lambda step: (losses[step], -step))} if rated else set()
+    for step in set(steps) - keep:
+      # A kill in the middle of the removal must not leave a folder that looks like a checkpoint.
+      removed = self._folder(step, _REMOVED)
+      self._folder(step).rename(removed)
+      shutil.rmtree(removed)
+
+  def _clean(self) -> None:
+    """Removes what kills left behind, and sets aside what the last restore found damaged."""
+    for suffix in (_UNFINISHED, _REMOVED):
+      for path in self._directory.glob('*' + suffix):
+        logging.info('%s: removed, a kill had cut it short', path)
+        shutil.rmtree(path)
+    for step in self._damaged:
+      _set_aside(self._folder(step))
+    self._damaged = set()
+
+  def _check_config(self, folder: pathlib.Path, manifest: dict) -> None:
+    # A field younger than the checkpoint has the default that stands for what was done before.
+    defaults = to_dict(ModelConfig())
+    difference = _first_difference(
+      _merged(defaults, manifest['config'].get('model', {})),
+      _merged(defaults, self._config.get('model', {})),
+      'model',
+    )
+    if difference:
+      raise UserError(
+        f'{folder}: belongs to another architecture: {difference}; '
+        'give another workdir, or the config of this one'
+      )
+
+
+def _is_not_orbax_chatter(record: python_logging.LogRecord) -> bool:
+  return record.levelno >= python_logging.WARNING or f'{os.sep}orbax{os.sep}' not in record.pathname
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+  leaves = {}
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if name in leaves:
+      raise ValueError(f'two arrays of the state have the same path, {name}')
+    leaves[name] = leaf
+  return leaves
+
+
+def _describe(array: Any) -> dict[str, Any]:
+  return {'shape': list(array.shape), 'dtype': str(array.dtype)}
+
+
+def _restore_arrays(orbax: ocp.AsyncCheckpointer, path: pathlib.Path, targets: dict) -> dict:
+  structs = {
+    name: jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=target.sharding)
+    for name, target in targets.items()
+    if target.size
+  }
+  restored = {}
+  if structs:
+    args = ocp.args.PyTreeRestore(
+      item=structs,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(structs),
+      partial_restore=True,
+    )
+    restored = orbax.restore(path, args=args)
+  for name, target in targets.items():
+    if not target.size:
+      restored[name] = jnp.zeros(target.shape, target.dtype, device=target.sharding)
+  return restored
+
+
+def _check_arrays(
+  folder: pathlib.Path, manifest: dict[str, Any], targets: dict[str, Any], partial: bool
+) -> None:
+  saved = manifest['arrays']
+  wanted = {name: _describe(target) for name, target in targets.items()}
+  for name in wanted if partial else wanted | saved:
+    if wanted.get(name) == saved.get(name):
+      continue
+    there, here = (
+      f'{tree[name]["dtype"]}{tree[name]["shape"]}' if name in tree else 'absent'
+      for tree in (saved, wanted)
+    )
+    raise UserError(
+      f'{folder}: belongs to another architecture: {name} is {there} in the checkpoint and '
+      f'{here} now; give another workdir, or the config of this one'
+    )
+
+
+def _merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+  result = dict(defaults)
+  for key, value in values.items():
+    both = isinstance(value, dict) and isinstance(defaults.get(key), dict)
+    result[key] = _merged(defaults[key], value) if both else value
+  return result
+
+
+def _first_difference(there: Any, here: Any, path: str) -> str | None:
+  if isinstance(there, dict) and isinstance(here, dict):
+    keys = [key for key in there | here if key not in _EXECUTION_FIELDS]
+    found = (
+      _first_difference(there.get(key, _ABSENT), here.get(key, _ABSENT), f'{path}.{key}')
+      for key in keys
+    )
+    return next((difference for difference in found if difference), None)
+  there, here = (list(value) if isinstance(value, tuple) else value for value in (there, here))
+  if there == here:
+    return None
+  there, here = ('absent' if value is _ABSENT else repr(value) for value in (there, here))
+  return f'{path} is {there} in the checkpoint and {here} now'
+
+
+def _set_aside(folder: pathlib.Path) -> None:
+  target = folder.with_name(folder.name + _DAMAGED)
+  if folder.exists():
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)
+    logging.warning('%s: damaged, set aside as %s', folder, target.name)

@@ -1,0 +1,378 @@
+"""Trains a model from its config to its report: mesh, data, model, restore, steps, evaluations.
+
+Everything a run does to its folder is here; what a step computes is in `step`.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from ssm_moe import sharding
+from ssm_moe.config import ConfigError, ExperimentConfig, to_dict
+from ssm_moe.data.evaluation import EvalBatches
+from ssm_moe.data.pipeline import TrainBatches
+from ssm_moe.errors import UserError
+from ssm_moe.models import accounting
+from ssm_moe.training import report
+from ssm_moe.training import step as step_lib
+from ssm_moe.training.checkpoint import Checkpointer
+from ssm_moe.training.metrics import MetricsLogger
+from ssm_moe.training.optimizer import make_optimizer, make_schedule
+from ssm_moe.training.signals import StopSignals
+
+
+class TrainingError(UserError):
+  """A run that cannot go on: not a mistake in what was given, so another exit status."""
+
+  exit_status = 1
+
+
+@dataclasses.dataclass
+class Progress:
+  """How far a run is; kept in its checkpoints.
+
+  Attributes:
+    step: Steps done; also the position in the data, whose every row is a function of it.
+    tokens: Trained on.
+    seconds: Spent on training steps: without compilation, evaluation and saving.
+    train_loss: Of the last row of metrics: the mean over the steps since the row before.
+    losses: Of the steps since the last row.
+    row_seconds: `seconds` at the last row.
+  """
+
+  step: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+  train_loss: float | None = None
+  losses: list[float] = dataclasses.field(default_factory=list)
+  row_seconds: float = 0.0
+
+
+def train_and_evaluate(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict | None:
+  """Runs the experiment of `config`, or what is left of it, in `workdir`.
+
+  A folder with checkpoints is gone on from; a finished run is only evaluated again.
+
+  Returns:
+    final_step, train_loss, valid_loss, valid_bits_per_byte, tokens_per_second, workdir; None if a
+    signal stopped the run, after it was saved.
+
+  Raises:
+    UserError: something in the config, the data or the folder; nothing has been written over.
+    TrainingError: the loss is no longer finite.
+  """
+  workdir = pathlib.Path(workdir)
+  mesh = sharding.make_mesh(config.mesh)
+  _check_batch(config, mesh)
+  shared = {
+    'batch_size': config.train.batch_size,
+    'sequence_length': config.train.sequence_length,
+    'vocab_size': config.model.vocab_size,
+    'cache_dir': workdir / 'tokens',
+    'process_index': jax.process_index(),
+    'process_count': jax.process_count(),
+  }
+  eval_data = EvalBatches(config.data, eval_tokens=config.train.eval_tokens, **shared)
+  train_data = TrainBatches(config.data, seed=config.train.seed, **shared)
+
+  program = Program(config, mesh)
+  with (
+    StopSignals() as stop,
+    Checkpointer(
+      workdir / 'checkpoints', config=to_dict(config), keep_last=config.train.keep_checkpoints
+    ) as checkpointer,
+  ):
+    state, progress = _restore_or_init(program, checkpointer)
+    _write_config(config, workdir)
+    with MetricsLogger(
+      workdir, first_step=progress.step, total_steps=config.train.num_steps
+    ) as metrics:
+      metrics.say(report.banner(config, mesh, workdir, train_data, eval_data, progress.step))
+      run = _Run(config, workdir, program, train_data, eval_data, checkpointer, metrics, stop)
+      state, evaluation = run.train(state, progress)
+      if stop.requested:
+        metrics.say(
+          f'{stop.requested}: saved step {progress.step} in {workdir}; '
+          'the same command goes on from there'
+        )
+        return None
+      return run.finish(state, progress, evaluation)
+
+
+class Program:
+  """The compiled functions of a run and the layouts of their arrays."""
+
+  def __init__(self, config: ExperimentConfig, mesh: jax.sharding.Mesh):
+    self._optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    self._init = functools.partial(step_lib.init_train_state, config, self._optimizer)
+    self._seed = config.train.seed
+    boxed = jax.eval_shape(self._init, jax.random.key(0))
+    self.state_shardings = step_lib.state_shardings(mesh, boxed)
+    self.template = jax.tree.map(
+      lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+      nn.unbox(boxed),
+      self.state_shardings,
+    )
+    self._batch_sharding = sharding.batch_sharding(mesh)
+    whole = sharding.replicated(mesh)
+    self._train_step = jax.jit(
+      step_lib.make_train_step(config, self._optimizer),
+      donate_argnums=0,
+      in_shardings=(self.state_shardings, self._batch_sharding),
+      out_shardings=(self.state_shardings, whole),
+    )
+    self.eval_step = jax.jit(
+      step_lib.make_eval_step(config),
+      in_shardings=(self.state_shardings.params, self._batch_sharding),
+      out_shardings=whole,
+    )
+
+  def init_state(self) -> step_lib.TrainState:
+    """Returns the state before the first step, the same on every mesh."""
+    init = jax.jit(lambda key: nn.unbox(self._init(key)), out_shardings=self.state_shardings)
+    return init(jax.random.key(self._seed))
+
+  def put(self, batch: dict[str, np.ndarray]) -> step_lib.Batch:
+    """Moves this process' rows of a batch to its devices."""
+    put = functools.partial(jax.make_array_from_process_local_data, self._batch_sharding)
+    return jax.tree.map(put, batch)
+
+  def compile_train_step(self, state: step_lib.TrainState, batch: step_lib.Batch):
+    """Compiles ahead of the first step, so that no step's time has it in."""
+    return self._train_step.lower(state, batch).compile()
+
+
+class _Run:
+  """One run: what its steps, evaluations and saves share."""
+
+  def __init__(
+    self,
+    config: ExperimentConfig,
+    workdir: pathlib.Path,
+    program: Program,
+    train_data: TrainBatches,
+    eval_data: EvalBatches,
+    checkpointer: Checkpointer,
+    metrics: MetricsLogger,
+    stop: StopSignals,
+  ):
+    self._config, self._workdir, self._program = config, workdir, program
+    self._train_data, self._eval_data = train_data, eval_data
+    self._checkpointer, self._metrics, self._stop = checkpointer, metrics, stop
+    self._schedule = make_schedule(config.optimizer, config.train.num_steps)
+    account = accounting.account(config.model)
+    self._flops_per_token = account['flops_per_token_train']
+
+  def train(
+    self, state: step_lib.TrainState, progress: Progress
+  ) -> tuple[step_lib.TrainState, report.Evaluation | None]:
+    """Runs the steps that are left, and keeps `progress` up to date.
+
+    Metrics of a step are fetched after the next one has been dispatched, so that the devices do not
+    wait for them.
+
+    Returns:
+      The state, and the evaluation of the last step if there was one.
+    """
+    train = self._config.train
+    if progress.step >= train.num_steps:
+      return state, None
+    batches = self._train_data.iterate(progress.step)
+    evaluation = None
+    try:
+      ahead = self._program.put(next(batches))
+      train_step = self._program.compile_train_step(state, ahead)
+      window = _Window(self._write_row, progress, train)
+      while progress.step < train.num_steps and not self._stop.requested:
+        with jax.transfer_guard('disallow'):
+          state, step_metrics = train_step(state, ahead)
+        ahead = self._program.put(next(batches))
+        window.add(step_metrics)
+        step = progress.step + window.pending
+        last = step == train.num_steps
+        evaluate = last or step % train.eval_every == 0
+        save = last or step % train.checkpoint_every == 0
+        if evaluate or save or self._stop.requested:
+          window.flush()
+          if evaluate:
+            evaluation = self._evaluate(state, progress)
+          if save or self._stop.requested:
+            self._save(state, progress, evaluation if evaluate else None)
+          window.restart_clock()
+    finally:
+      batches.close()
+    return state, evaluation
+
+  def finish(
+    self, state: step_lib.TrainState, progress: Progress, evaluation: report.Evaluation | None
+  ) -> dict:
+    """Evaluates if the last step has not, draws, writes a sample, and returns the summary."""
+    if evaluation is None:
+      evaluation = self._sum_evaluation(state)
+    if evaluation is None:  # stopped meanwhile
+      return self._summary(progress, None)
+    self._checkpointer.wait()
+    report.draw(self._workdir, self._config.model, evaluation)
+    sample = report.sample(self._config, state.params, self._train_data.tokenizer)
+    if sample is not None:
+      print(sample, flush=True)
+    return self._summary(progress, evaluation)
+
+  def _summary(self, progress: Progress, evaluation: report.Evaluation | None) -> dict:
+    speed = progress.tokens / progress.seconds if progress.seconds else None
+    return {
+      'final_step': progress.step,
+      'train_loss': progress.train_loss,
+      'valid_loss': evaluation and evaluation.loss,
+      'valid_bits_per_byte': evaluation and evaluation.bits_per_byte,
+      'tokens_per_second': speed,
+      'workdir': str(self._workdir),
+    }
+
+  def _evaluate(self, state: step_lib.TrainState, progress: Progress) -> report.Evaluation | None:
+    """Evaluates and writes the row of it; None if a signal came meanwhile."""
+    evaluation = self._sum_evaluation(state)
+    if evaluation is not None:
+      self._metrics.write(self._row(progress) | evaluation.row(), **evaluation.loads())
+    return evaluation
+
+  def _sum_evaluation(self, state: step_lib.TrainState) -> report.Evaluation | None:
+    sums = None
+    for batch in self._eval_data:
+      if self._stop.requested:
+        return None
+      of_batch = self._program.eval_step(state.params, self._program.put(batch))
+      sums = of_batch if sums is None else jax.tree.map(jax.numpy.add, sums, of_batch)
+    return report.Evaluation.from_sums(
+      jax.device_get(sums), self._config.model, num_bytes=self._eval_data.num_bytes
+    )
+
+  def _save(
+    self,
+    state: step_lib.TrainState,
+    progress: Progress,
+    evaluation: report.Evaluation | None,
+  ) -> None:
+    self._checkpointer.save(
+      progress.step,
+      state,
+      metadata={**dataclasses.asdict(progress), 'seed': self._config.train.seed},
+      valid_loss=evaluation and evaluation.loss,
+    )
+
+  def _row(self, progress: Progress) -> dict[str, Any]:
+    return {
+      'step': progress.step,
+      'tokens': progress.tokens,
+      'flops': progress.tokens * self._flops_per_token,
+      'seconds': progress.seconds,
+    }
+
+  def _write_row(
+    self, progress: Progress, metrics: step_lib.StepMetrics, tokens_per_second: float
+  ) -> None:
+    routing = report.Routing.from_aux(metrics.aux, self._config.model)
+    row = self._row(progress) | {
+      'train_loss': progress.train_loss,
+      'tokens_per_second': tokens_per_second,
+      # Of the step that was done: the optimizer counts from 0.
+      'learning_rate': float(self._schedule(progress.step - 1)),
+      'gradient_norm': metrics.gradient_norm,
+    }
+    if self._train_data.bytes_per_token:
+      bits = progress.train_loss / math.log(2)
+      row['train_bits_per_byte'] = bits / self._train_data.bytes_per_token
+    if routing.expert_load:
+      row |= {'auxiliary_loss': metrics.auxiliary_loss} | routing.row()
+    self._metrics.write(row, **routing.loads())
+
+
+class _Window:
+  """The steps since the last row of metrics: their losses and their time."""
+
+  def __init__(self, write_row, progress: Progress, train):
+    self._write_row, self._progress, self._train = write_row, progress, train
+    self._tokens_per_step = train.batch_size * train.sequence_length
+    self._waiting: step_lib.StepMetrics | None = None
+    self._clock = time.perf_counter()
+
+  @property
+  def pending(self) -> int:
+    """Steps dispatched whose metrics have not been fetched."""
+    return int(self._waiting is not None)
+
+  def add(self, metrics: step_lib.StepMetrics) -> None:
+    """Takes the metrics of a step just dispatched, and fetches those of the step before."""
+    self.flush()
+    self._waiting = metrics
+
+  def flush(self) -> None:
+    """Waits for the step in flight, counts it, and writes a row if one is due."""
+    if self._waiting is None:
+      return
+    metrics, self._waiting = jax.device_get(self._waiting), None
+    progress = self._progress
+    if not (np.isfinite(metrics.loss) and np.isfinite(metrics.gradient_norm)):
+      raise TrainingError(
+        f'step {progress.step + 1}: the loss is {metrics.loss} and the gradient norm '
+        f'{metrics.gradient_norm}; the last good checkpoint is kept, try a lower learning rate'
+      )
+    now = time.perf_counter()
+    progress.seconds += now - self._clock
+    self._clock = now
+    progress.step += 1
+    progress.tokens += self._tokens_per_step
+    progress.losses.append(float(metrics.loss))
+    if progress.step % self._train.log_every == 0 or progress.step == self._train.num_steps:
+      progress.train_loss = float(np.mean(progress.losses))
+      seconds = progress.seconds - progress.row_seconds
+      speed = len(progress.losses) * self._tokens_per_step / seconds
+      progress.losses, progress.row_seconds = [], progress.seconds
+      self._write_row(progress, metrics, speed)
+
+  def restart_clock(self) -> None:
+    """Leaves out the time since the last step."""
+    self._clock = time.perf_counter()
+
+
+def _check_batch(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
+  train, devices = config.train, sharding.batch_divisor(mesh)
+  rows = train.batch_size // train.accumulation_steps
+  if rows % devices:
+    raise ConfigError(
+      f'config.train.batch_size is {train.batch_size} in {train.accumulation_steps} parts; each '
+      f'must be a multiple of the {devices} devices of the mesh that rows are split over'
+    )
+  tokens = rows * train.sequence_length
+  groups = config.model.moe.router_groups
+  if 'E' in config.model.layers and tokens % groups:
+    raise ConfigError(
+      f'config.model.moe.router_groups is {groups}; it must divide the {tokens} tokens routed '
+      'together'
+    )
+
+
+def _restore_or_init(
+  program: Program, checkpointer: Checkpointer
+) -> tuple[step_lib.TrainState, Progress]:
+  restored = checkpointer.restore(program.template)
+  if restored is None:
+    return program.init_state(), Progress()
+  known = {field.name for field in dataclasses.fields(Progress)}
+  return restored.state, Progress(**{k: v for k, v in restored.metadata.items() if k in known})
+
+
+def _write_config(config: ExperimentConfig, workdir: pathlib.Path) -> None:
+  """Writes WORKDIR/config.json; the folder's checkpoints were found to be of this architecture."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  temporary = workdir / 'config.json.unfinished'
+  temporary.write_text(json.dumps(to_dict(config), indent=2) + '\n')
+  temporary.replace(workdir / 'config.json')

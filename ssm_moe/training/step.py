@@ -1,0 +1,210 @@
+"""One training step and one evaluation step: pure functions of state and batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from ssm_moe import sharding
+from ssm_moe.config import ExperimentConfig
+from ssm_moe.models import lm
+from ssm_moe.models.block import PeriodAux, PeriodState
+from ssm_moe.shapes import Array, Float, Int
+from ssm_moe.training.losses import cross_entropy_sum
+
+# inputs, targets, segment_ids: Int[B, L]; loss_mask: Float[B, L]; continues: Bool[B].
+Batch = dict[str, Array]
+
+
+class TrainState(struct.PyTreeNode):
+  """All that a run goes on from.
+
+  Attributes:
+    step: Steps done.
+    params: Of the model, float32.
+    opt_state: Of the optimizer.
+    model_state: What the last window of each row left behind, if it is carried over; else None.
+  """
+
+  step: Int[Array, '']
+  params: Any
+  opt_state: Any
+  model_state: PeriodState | None
+
+
+class StepMetrics(struct.PyTreeNode):
+  """What a training step reports.
+
+  Attributes:
+    loss: Mean nats over the scored tokens, without auxiliary losses.
+    auxiliary_loss: Routing losses times their coefficients.
+    gradient_norm: Before clipping.
+    aux: Routing losses and statistics by layer; means over the accumulation steps.
+  """
+
+  loss: Float[Array, '']
+  auxiliary_loss: Float[Array, '']
+  gradient_norm: Float[Array, '']
+  aux: PeriodAux
+
+
+class EvalSums(struct.PyTreeNode):
+  """Sums over evaluation batches.
+
+  Attributes:
+    nats: Over the scored tokens.
+    scored: How many.
+    tokens: How many are not padding.
+    expert_load: By layer, the mean load of a batch times its tokens.
+  """
+
+  nats: Float[Array, '']
+  scored: Float[Array, '']
+  tokens: Float[Array, '']
+  expert_load: dict[str, Float[Array, 'layers E']]
+
+
+def init_train_state(
+  config: ExperimentConfig, optimizer: optax.GradientTransformation, key: Array
+) -> TrainState:
+  """Returns the state before the first step; arrays carry their logical axes (flax boxes)."""
+  model = lm.LM(config.model)
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  params = model.init(key, tokens)['params']
+  carried = config.data.carry_state
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    model_state=lm.initial_state(config.model, config.train.batch_size) if carried else None,
+  )
+
+
+def make_train_step(
+  config: ExperimentConfig, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+  """Returns the function of one optimizer step, not yet jitted.
+
+  With accumulation the batch is cut in parts, row i going to part i modulo their number, so that
+  every device has rows of each part. Token losses are weighted as in one large batch; routing, its
+  losses and its capacity are counted in each part on its own.
+  """
+  model = lm.LM(config.model)
+  parts = config.train.accumulation_steps
+
+  def loss_of_part(params, part, model_state, scored):
+    output = model.apply(
+      {'params': params}, part['inputs'], segment_ids=part['segment_ids'], state=model_state
+    )
+    nats = cross_entropy_sum(
+      output.hidden,
+      lm.head_matrix(params, config.model),
+      part['targets'],
+      part['loss_mask'],
+      chunk=config.train.loss_chunk,
+    )
+    auxiliary = lm.auxiliary_loss(output.aux, config.model) / parts
+    loss = nats / scored
+    return loss + auxiliary, (loss, auxiliary, output)
+
+  gradient_of_part = jax.value_and_grad(loss_of_part, has_aux=True)
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    scored = jnp.maximum(jnp.sum(batch['loss_mask']), 1)
+    model_state = state.model_state
+    if model_state is not None:
+      model_state = keep_rows(model_state, batch['continues'])
+
+    def one_part(carry, part_and_state):
+      part, part_state = part_and_state
+      (_, (loss, auxiliary, output)), gradients = gradient_of_part(
+        state.params, part, part_state, scored
+      )
+      sums = (gradients, loss, auxiliary)
+      carry = sums if carry is None else jax.tree.map(jnp.add, carry, sums)
+      new_state = None if part_state is None else output.state
+      return carry, (output.aux, new_state)
+
+    if parts == 1:
+      sums, (aux, model_state) = one_part(None, (batch, model_state))
+    else:
+      cut = (_cut(batch, parts, axis=0), _cut(model_state, parts, axis=1))
+      zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))
+      sums, (aux, model_state) = jax.lax.scan(one_part, zeros, cut)
+      aux = jax.tree.map(lambda leaf: leaf.mean(axis=0), aux)
+      model_state = _join(model_state, axis=1)
+
+    gradients, loss, auxiliary = sums
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    state = TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      # The next window starts from the value, not from the graph: the backpropagation is truncated.
+      model_state=model_state,
+    )
+    return state, StepMetrics(loss, auxiliary, optax.global_norm(gradients), aux)
+
+  return train_step
+
+
+def make_eval_step(config: ExperimentConfig) -> Callable[[Any, Batch], EvalSums]:
+  """Returns the function of one evaluation batch, not yet jitted. Segment 0 is padding."""
+  model = lm.LM(config.model)
+
+  def eval_step(params, batch: Batch) -> EvalSums:
+    mask = batch['segment_ids'] > 0
+    output = model.apply(
+      {'params': params}, batch['inputs'], segment_ids=batch['segment_ids'], mask=mask
+    )
+    nats = cross_entropy_sum(
+      output.hidden,
+      lm.head_matrix(params, config.model),
+      batch['targets'],
+      batch['loss_mask'],
+      chunk=config.train.loss_chunk,
+    )
+    tokens = jnp.sum(mask).astype(jnp.float32)
+    load = {name: aux.expert_load * tokens for name, aux in output.aux.items()}
+    return EvalSums(nats, jnp.sum(batch['loss_mask']), tokens, load)
+
+  return eval_step
+
+
+def state_shardings(mesh: jax.sharding.Mesh, boxed: TrainState) -> TrainState:
+  """Returns the layout of each leaf of a state whose arrays carry their logical axes."""
+  shardings = sharding.tree_shardings(mesh, boxed.replace(model_state=None))
+  rows = sharding.carried_state_sharding(mesh)
+  return shardings.replace(model_state=jax.tree.map(lambda _: rows, boxed.model_state))
+
+
+def keep_rows(model_state: PeriodState, keep: Array) -> PeriodState:
+  """Zeroes the state of the rows that start a new document. Leaves are [periods, B, ...]."""
+
+  def masked(leaf):
+    return jnp.where(keep.reshape((1, -1) + (1,) * (leaf.ndim - 2)), leaf, 0)
+
+  return jax.tree.map(masked, model_state)
+
+
+def _cut(tree: Any, parts: int, axis: int) -> Any:
+  """Puts a leading axis of parts on every leaf: row i goes to part i modulo their number."""
+
+  def cut(leaf):
+    shape = (*leaf.shape[:axis], leaf.shape[axis] // parts, parts, *leaf.shape[axis + 1 :])
+    return jnp.moveaxis(leaf.reshape(shape), axis + 1, 0)
+
+  return jax.tree.map(cut, tree)
+
+
+def _join(tree: Any, axis: int) -> Any:
+  """Undoes `_cut`."""
+
+  def join(leaf):
+    moved = jnp.moveaxis(leaf, 0, axis + 1)
+    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+
+  return jax.tree.map(join, tree)

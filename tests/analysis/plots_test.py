@@ -1,0 +1,99 @@
+"""Figures show what they are given: colours stand where the numbers put them."""
+
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from ssm_moe.analysis.plots import plot_expert_load, plot_loss
+
+BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
+BROWN, PURPLE = (127, 59, 8), (45, 0, 75)  # the ends of the scale
+WHITE = (247, 247, 247)  # its middle
+
+
+def pixels(path, colour):
+  """How many pixels have a colour."""
+  image = np.round(matplotlib.image.imread(path)[..., :3] * 255)
+  return int((np.abs(image - np.array(colour)) < 3).all(axis=-1).sum())
+
+
+def rows(steps, **more):
+  return [
+    {'tokens': 100 * step, 'train_loss': 1 + 4 / step, 'valid_loss': None} | more
+    for step in range(1, steps + 1)
+  ]
+
+
+VALID = {'tokens': 300, 'valid_loss': 2.0}
+
+
+@pytest.mark.parametrize(
+  ('metrics', 'train', 'valid'),
+  [
+    ([], False, False),
+    (rows(1), True, False),
+    (rows(5), True, False),
+    (rows(200), True, False),
+    ([VALID], False, True),
+    ([*rows(30), VALID], True, True),
+    ([*rows(30), VALID | {'valid_bits_per_byte': 3.0}], True, True),
+    ([{'tokens': 1}, {'train_loss': 1.0}, {'tokens': 1, 'train_loss': float('nan')}], False, False),
+    (rows(30, train_loss=2.0), True, False),
+  ],
+)
+def test_the_curves_that_there_are_are_drawn(tmp_path, metrics, train, valid):
+  path = tmp_path / 'loss.png'
+  plot_loss(metrics, path)
+  assert (pixels(path, BLUE) > 50) == train
+  assert (pixels(path, ORANGE) > 50) == valid
+
+
+def test_bits_per_byte_get_a_panel(tmp_path):
+  plot_loss([VALID], tmp_path / 'one.png')
+  plot_loss([VALID | {'valid_bits_per_byte': 3.0}], tmp_path / 'two.png')
+  one, two = (matplotlib.image.imread(tmp_path / name) for name in ('one.png', 'two.png'))
+  assert two.shape[1] > 1.5 * one.shape[1]
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 8), (12, 32), (100, 64)])
+def test_perfect_balance_is_white(tmp_path, shape):
+  layers, experts = shape
+  path = tmp_path / 'load.png'
+  plot_expert_load(np.full(shape, 1 / experts), path, [f'layer {i}' for i in range(layers)])
+  height, width = matplotlib.image.imread(path).shape[:2]
+  assert pixels(path, WHITE) > 0.25 * height * width
+  # Of the colour bar only.
+  assert max(pixels(path, BROWN), pixels(path, PURPLE)) < 0.01 * height * width
+
+
+def test_a_hot_and_a_dead_expert_stand_out(tmp_path):
+  load = np.full((4, 10), 0.1)
+  load[1] = [0.6, 0.0, *[0.05] * 8]
+  path = tmp_path / 'load.png'
+  plot_expert_load(load, path, list('abcd'))
+  height, width = matplotlib.image.imread(path).shape[:2]
+  cell = height * width / 40
+  assert pixels(path, PURPLE) > 0.3 * cell
+  assert pixels(path, BROWN) > 0.3 * cell
+
+
+def test_layers_may_have_different_numbers_of_experts(tmp_path):
+  path = tmp_path / 'load.png'
+  plot_expert_load([np.full(2, 0.5), np.full(8, 0.125)], path, ['M', 'E'])
+  height, width = matplotlib.image.imread(path).shape[:2]
+  assert pixels(path, (200, 200, 200)) > 0.1 * height * width
+
+
+def test_no_layers_is_a_figure_that_says_so(tmp_path):
+  plot_expert_load([], tmp_path / 'load.png', [])
+  assert pixels(tmp_path / 'load.png', (89, 89, 89)) > 10
+  with pytest.raises(ValueError, match='1 layers of loads and 0 names'):
+    plot_expert_load([np.ones(1)], tmp_path / 'load.png', [])
+
+
+def test_pyplot_and_its_global_state_stay_out():
+  program = 'import sys, ssm_moe.analysis.plots\nassert "matplotlib.pyplot" not in sys.modules\n'
+  subprocess.run([sys.executable, '-c', program], check=True)

@@ -1,0 +1,72 @@
+"""Every field can be overridden, and every mistake is one line that names it."""
+
+import dataclasses
+
+import pytest
+from ml_collections import config_dict
+
+from ssm_moe import config as config_lib
+
+
+def _leaves(values, path=''):
+  for key, value in values.items():
+    if isinstance(value, (dict, config_dict.ConfigDict)):
+      yield from _leaves(value, f'{path}{key}.')
+    else:
+      yield path + key
+
+
+def test_defaults_round_trip():
+  assert config_lib.from_config_dict(config_lib.defaults()) == config_lib.ExperimentConfig()
+  plain = config_lib.to_dict(config_lib.ExperimentConfig())
+  assert config_lib.from_config_dict(plain) == config_lib.ExperimentConfig()
+
+
+def test_every_field_is_in_the_defaults():
+  flat = sorted(_leaves(config_lib.defaults()))
+  assert flat == sorted(_leaves(config_lib.to_dict(config_lib.ExperimentConfig())))
+  assert 'model.mamba.d_inner' in flat  # optional scalars too
+
+
+def test_an_optional_scalar_takes_its_type_only():
+  config = config_lib.defaults()
+  config.model.mamba.d_inner = 96
+  assert config_lib.from_config_dict(config).model.mamba.d_inner == 96
+  with pytest.raises(TypeError):
+    config.model.mamba.d_inner = 'wide'
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'model': {'d_modl': 1}}, r'config.model.d_modl does not exist; .* d_model'),
+    ({'modle': {}}, r'config.modle does not exist; .* model'),
+    ({'model': {'d_model': '1'}}, r"config.model.d_model is '1'; it must be of type int"),
+    ({'model': {'d_model': True}}, r'config.model.d_model is True; it must be of type int'),
+    ({'model': {'d_model': 0}}, r'config.model.d_model is 0; it must be positive'),
+    ({'model': {'pattern': 'MX'}}, r"config.model.pattern is 'MX'; it must be letters out of M"),
+    ({'model': {'dtype': 'int8'}}, r"config.model.dtype is 'int8'; it must be one of float32, bf"),
+    ({'model': {'moe': {'top_k': 33}}}, r'config.model.moe.top_k is 33; .* num_experts, 32'),
+    ({'model': {'mamba': {'rom': {'top_k': 9}}}}, r'config.model.mamba.rom.top_k is 9; .* 8'),
+    ({'model': 3}, r'config.model is 3; it is a group of fields'),
+    ({'train': {'batch_size': 8, 'accumulation_steps': 3}}, r'config.train.batch_size is 8; .* 3'),
+    ({'data': {'train': 'stdlib'}}, r"config.data.train is 'stdlib'; it must be a tuple"),
+    ({'data': {'weights': (1.0, 2.0)}}, r'config.data.weights has 2 values; .* 1 train'),
+    ({'optimizer': {'schedule': 'wsd', 'warmup_fraction': 0.9}}, r'add up to more than 1'),
+    ({'optimizer': {'beta1': 1.5}}, r'config.optimizer.beta1 is 1.5; it must be between 0 and 1'),
+  ],
+)
+def test_a_mistake_is_one_line_that_names_it(change, message):
+  with pytest.raises(config_lib.ConfigError, match=message) as caught:
+    config_lib.from_config_dict(change)
+  assert '\n' not in str(caught.value)
+
+
+def test_an_integer_serves_as_float():
+  config = config_lib.from_config_dict({'optimizer': {'weight_decay': 0}})
+  assert config.optimizer.weight_decay == 0.0
+
+
+def test_configs_are_immutable():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config_lib.ExperimentConfig().train.num_steps = 3

@@ -1,0 +1,22 @@
+"""Strict numerics and eight virtual devices for every test; a compilation cache between runs."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS') or 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+# Each worker compiles the same functions: the cache lets the second one, and the next run, load.
+_CACHE = pathlib.Path(os.environ.get('JAX_COMPILATION_CACHE_DIR') or '.jax_cache')
+jax.config.update('jax_compilation_cache_dir', str(_CACHE.absolute()))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@pytest.fixture
+def rng():
+  """A fixed key: a test that needs luck is a wrong test."""
+  return jax.random.key(0)

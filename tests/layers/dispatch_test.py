@@ -1,0 +1,165 @@
+"""Plans against the dense oracle, against hand-worked routes, and with identity experts."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssm_moe.layers import dispatch
+from tests import tolerances
+
+_TOKENS, _IN, _OUT, _EXPERTS = 24, 5, 7, 4
+
+
+def _routes(key, top_k):
+  scores = jax.random.uniform(key, (_TOKENS, _EXPERTS))
+  return jax.lax.top_k(scores, top_k)[::-1]
+
+
+def _plans(expert_index, capacity=None, num_groups=1):
+  top_k = expert_index.shape[1]
+  return {
+    'dense': dispatch.dense_plan(expert_index, _EXPERTS),
+    'dropless': dispatch.dropless_plan(expert_index, _EXPERTS),
+    'capacity': dispatch.capacity_plan(
+      expert_index,
+      _EXPERTS,
+      expert_capacity=_TOKENS * top_k if capacity is None else capacity,
+      num_groups=num_groups,
+    ),
+  }
+
+
+def _layer(plan, x, weights, combine_weights):
+  rows = jax.nn.relu(plan.matmul(plan.dispatch(x), weights))
+  return plan.combine(rows, combine_weights)
+
+
+@pytest.mark.parametrize('weighted', [True, False])
+@pytest.mark.parametrize('top_k', [1, 2, 4])
+@pytest.mark.parametrize('kind', ['dropless', 'capacity'])
+def test_agrees_with_the_dense_oracle_when_nothing_is_dropped(rng, kind, top_k, weighted):
+  keys = jax.random.split(rng, 4)
+  expert_index, combine_weights = _routes(keys[0], top_k)
+  x = jax.random.normal(keys[1], (_TOKENS, _IN))
+  weights = jax.random.normal(keys[2], (_EXPERTS, _IN, _OUT))
+  cotangent = jax.random.normal(keys[3], (_TOKENS, _OUT))
+  results = {}
+  for name in ('dense', kind):
+
+    def run(x, weights, combine_weights, name=name):
+      used = combine_weights if weighted else None
+      return _layer(_plans(expert_index)[name], x, weights, used)
+
+    y, pull = jax.vjp(run, x, weights, combine_weights)
+    results[name] = (y, *pull(cotangent))
+  tolerances.assert_close(
+    results[kind], results['dense'], rtol=tolerances.FLOAT32_REORDERED, what=kind
+  )
+
+
+@pytest.mark.parametrize('kind', ['dense', 'dropless', 'capacity'])
+def test_identity_experts_give_the_input_back(rng, kind):
+  expert_index, _ = _routes(rng, 1)
+  x = jax.random.normal(rng, (_TOKENS, _IN))
+  identity = jnp.broadcast_to(jnp.eye(_IN), (_EXPERTS, _IN, _IN))
+  plan = _plans(expert_index)[kind]
+  y = plan.combine(plan.matmul(plan.dispatch(x), identity))
+  chex.assert_trees_all_equal(y, x)
+  assert plan.dropped_fraction == 0
+
+
+def test_capacity_drops_the_latest_tokens_of_an_expert():
+  # Expert 0 is wanted by tokens 0, 1, 3; expert 1 by tokens 2, 4; two places each: token 3 is over.
+  expert_index = jnp.array([0, 0, 1, 0, 1])[:, None]
+  plan = dispatch.capacity_plan(expert_index, 2, expert_capacity=2)
+  x = jnp.arange(1.0, 6.0)[:, None]
+  np.testing.assert_array_equal(plan.dispatch(x)[:, 0], [1, 2, 3, 5])
+  np.testing.assert_array_equal(plan.combine(plan.dispatch(x))[:, 0], [1, 2, 3, 0, 5])
+  assert plan.dropped_fraction == pytest.approx(1 / 5)
+
+
+def test_first_choices_come_before_second_choices():
+  # Token 0 has expert 1 as its second choice, tokens 1 and 2 as their first: with two places the
+  # first choices win, though token 0 stands earlier.
+  expert_index = jnp.array([[0, 1], [1, 0], [1, 0]])
+  plan = dispatch.capacity_plan(expert_index, 2, expert_capacity=2)
+  kept = np.asarray(plan.assignment_row) < 4
+  # Expert 0: token 0 first, then token 1's second choice. Expert 1: tokens 1 and 2.
+  np.testing.assert_array_equal(kept, [[True, False], [True, True], [True, False]])
+  assert plan.dropped_fraction == pytest.approx(2 / 6)
+
+
+def test_tokens_outside_the_mask_take_no_place():
+  expert_index = jnp.zeros((4, 1), jnp.int32)
+  mask = jnp.array([False, True, False, True])
+  plan = dispatch.capacity_plan(expert_index, 2, expert_capacity=2, mask=mask)
+  x = jnp.arange(1.0, 5.0)[:, None]
+  np.testing.assert_array_equal(plan.combine(plan.dispatch(x))[:, 0], [0, 2, 0, 4])
+  assert plan.dropped_fraction == 0
+
+
+def test_router_groups_do_not_see_each_other(rng):
+  expert_index, _ = _routes(rng, 1)
+  x = jax.random.normal(rng, (_TOKENS, _IN))
+  half = _TOKENS // 2
+  whole = dispatch.capacity_plan(expert_index, _EXPERTS, expert_capacity=2, num_groups=2)
+  parts = [
+    dispatch.capacity_plan(part, _EXPERTS, expert_capacity=2)
+    for part in (expert_index[:half], expert_index[half:])
+  ]
+  y = whole.combine(whole.dispatch(x))
+  expected = [plan.combine(plan.dispatch(part)) for plan, part in zip(parts, (x[:half], x[half:]))]
+  chex.assert_trees_all_equal(y, jnp.concatenate(expected))
+  assert whole.dropped_fraction > 0
+  np.testing.assert_allclose(
+    whole.dropped_fraction, np.mean([plan.dropped_fraction for plan in parts]), rtol=1e-6
+  )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, _EXPERTS - 1), min_size=_TOKENS, max_size=_TOKENS))
+def test_dropless_rows_are_sorted_and_complete(choices):
+  plan = dispatch.dropless_plan(jnp.array(choices)[:, None], _EXPERTS)
+  np.testing.assert_array_equal(plan.group_sizes, np.bincount(choices, minlength=_EXPERTS))
+  expected = np.argsort(choices, kind='stable')
+  np.testing.assert_array_equal(plan.row_assignment, expected)
+  np.testing.assert_array_equal(plan.assignment_row[:, 0][expected], np.arange(_TOKENS))
+
+
+def test_gradients_are_gathers_not_scatters(rng):
+  expert_index, weights = _routes(rng, 2)
+  x = jax.random.normal(rng, (_TOKENS, _IN))
+  for name in ('dropless', 'capacity'):
+    plan = _plans(expert_index)[name]
+
+    def loss(x, plan=plan):
+      return jnp.sum(plan.combine(plan.dispatch(x), weights) ** 2)
+
+    assert 'scatter' not in str(jax.make_jaxpr(jax.grad(loss))(x)), name
+
+
+@pytest.mark.parametrize(
+  ('tokens', 'factor', 'rounding', 'multiple', 'expected'),
+  [
+    (100, 1.0, 'up', 1, 13),  # 100 / 8 = 12.5
+    (100, 1.0, 'down', 1, 12),
+    (100, 1.25, 'up', 8, 16),  # 15.6
+    (80, 1.1, 'up', 1, 11),  # 11 exactly, though 1.1 * 80 / 8 is 11.000000000000002
+    (80, 0.7, 'down', 1, 7),  # 7 exactly
+    (4, 1.0, 'down', 4, 4),  # never none
+  ],
+)
+def test_expert_capacity(tokens, factor, rounding, multiple, expected):
+  capacity = dispatch.expert_capacity(
+    tokens, 8, 1, capacity_factor=factor, rounding=rounding, multiple=multiple
+  )
+  assert capacity == expected
+
+
+def test_groups_must_divide_the_tokens():
+  with pytest.raises(ValueError, match='24 tokens do not divide into 5 router groups'):
+    dispatch.capacity_plan(jnp.zeros((24, 1), jnp.int32), _EXPERTS, expert_capacity=2, num_groups=5)

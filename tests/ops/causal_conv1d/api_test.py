@@ -1,0 +1,88 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssm_moe.ops.causal_conv1d import causal_conv1d
+from tests import tolerances
+
+_BATCH, _LENGTH, _CHANNELS, _WIDTH = 2, 13, 6, 4
+
+
+@pytest.fixture
+def inputs(rng):
+  keys = jax.random.split(rng, 4)
+  x = jax.random.normal(keys[0], (_BATCH, _LENGTH, _CHANNELS))
+  kernel = jax.random.normal(keys[1], (_WIDTH, _CHANNELS))
+  bias = jax.random.normal(keys[2], (_CHANNELS,))
+  state = jax.random.normal(keys[3], (_BATCH, _WIDTH - 1, _CHANNELS))
+  return x, kernel, bias, state
+
+
+@chex.variants(with_jit=True, without_jit=True)
+class AgainstLoop(chex.TestCase):
+  def test_equals_a_loop(self):
+    keys = jax.random.split(jax.random.key(1), 4)
+    x = jax.random.normal(keys[0], (_BATCH, _LENGTH, _CHANNELS))
+    kernel = jax.random.normal(keys[1], (_WIDTH, _CHANNELS))
+    bias = jax.random.normal(keys[2], (_CHANNELS,))
+    state = jax.random.normal(keys[3], (_BATCH, _WIDTH - 1, _CHANNELS))
+    y, last = self.variant(lambda *a: causal_conv1d(*a[:3], state=a[3]))(x, kernel, bias, state)
+    before = np.concatenate([state, x], axis=1)
+    expected = np.zeros(x.shape, np.float32)
+    for t in range(_LENGTH):
+      for w in range(_WIDTH):
+        expected[:, t] += np.asarray(kernel)[w] * before[:, t + w]
+    tolerances.assert_close(y, expected + bias, rtol=tolerances.FLOAT32_REORDERED)
+    chex.assert_trees_all_equal(last, before[:, -(_WIDTH - 1) :])
+
+
+def test_agrees_with_the_library_convolution(inputs):
+  x, kernel, bias, _ = inputs
+  y, _ = causal_conv1d(x, kernel, bias)
+  expected = jax.lax.conv_general_dilated(
+    x,
+    kernel[:, None, :],
+    (1,),
+    [(_WIDTH - 1, 0)],
+    dimension_numbers=('NWC', 'WIO', 'NWC'),
+    feature_group_count=_CHANNELS,
+  )
+  expected = expected + bias[None, None, :]
+  tolerances.assert_close(y, expected, rtol=tolerances.FLOAT32_REORDERED)
+
+
+@pytest.mark.parametrize('cut', [1, 2, 3, 7, 12])
+def test_any_split_equals_the_whole(inputs, cut):
+  x, kernel, bias, state = inputs
+  whole, last = causal_conv1d(x, kernel, bias, state=state)
+  first, middle = causal_conv1d(x[:, :cut], kernel, bias, state=state)
+  second, end = causal_conv1d(x[:, cut:], kernel, bias, state=middle)
+  chex.assert_trees_all_equal(whole, jnp.concatenate([first, second], axis=1))
+  chex.assert_trees_all_equal(last, end)
+
+
+@pytest.mark.parametrize('cut', [1, 2, 5, 11])
+def test_packed_documents_equal_each_alone(inputs, cut):
+  x, kernel, bias, state = inputs
+  segment_ids = jnp.broadcast_to(jnp.where(jnp.arange(_LENGTH) < cut, 3, 5), (_BATCH, _LENGTH))
+  packed, last = causal_conv1d(x, kernel, bias, segment_ids=segment_ids, state=state)
+  first, _ = causal_conv1d(x[:, :cut], kernel, bias, state=state)
+  second, end = causal_conv1d(x[:, cut:], kernel, bias)
+  chex.assert_trees_all_equal(packed, jnp.concatenate([first, second], axis=1))
+  # What the next window starts from holds nothing of the first document either.
+  chex.assert_trees_all_equal(last, end)
+
+
+def test_no_gradient_from_later_tokens_or_other_documents(inputs):
+  x, kernel, bias, _ = inputs
+  segment_ids = jnp.broadcast_to((jnp.arange(_LENGTH) >= 5).astype(jnp.int32), (_BATCH, _LENGTH))
+
+  def one_output(x, t):
+    return causal_conv1d(x, kernel, bias, segment_ids=segment_ids)[0][:, t].sum()
+
+  for t in (4, 6, 10):
+    reached = np.abs(jax.grad(one_output)(x, t)).sum(axis=(0, 2)) > 0
+    start = max(t - _WIDTH + 1, 5 if t >= 5 else 0)
+    np.testing.assert_array_equal(np.flatnonzero(reached), np.arange(start, t + 1))

@@ -1,0 +1,132 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssm_moe.ops.grouped_matmul import grouped_matmul
+from tests import tolerances
+
+_ROWS, _IN, _OUT = 200, 12, 10
+
+
+def _inputs(group_sizes, trailing=(_OUT,), dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(2), 3)
+  num_rows = int(sum(group_sizes))
+  rows = jax.random.normal(keys[0], (num_rows, _IN)).astype(dtype)
+  weights = jax.random.normal(keys[1], (len(group_sizes), _IN, *trailing)).astype(dtype)
+  cotangent = jax.random.normal(keys[2], (num_rows, *trailing)).astype(dtype)
+  return rows, weights, jnp.array(group_sizes, jnp.int32), cotangent
+
+
+def _numpy(rows, weights, group_sizes):
+  ends = np.cumsum(group_sizes)
+  parts = np.split(np.asarray(rows, np.float64), ends[:-1])
+  return np.concatenate(
+    [np.tensordot(p, np.asarray(w, np.float64), 1) for p, w in zip(parts, weights)]
+  )
+
+
+def _value_and_gradients(implementation, rows, weights, sizes, cotangent):
+  def run(rows, weights):
+    return grouped_matmul(rows, weights, sizes, implementation=implementation)
+
+  value, pull = jax.vjp(run, rows, weights)
+  return value, *pull(cotangent)
+
+
+_SIZES = {
+  'even': (50, 50, 50, 50),
+  'uneven': (129, 1, 3, 67),
+  'empty': (0, 131, 0, 69, 0),
+  'one': (0, 200),
+  'single_group': (200,),
+  'more_groups_than_rows': (1, 0, 1, 0, 0, 1),
+  'over_a_slab': (700, 513, 31, 12),
+}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('case', _SIZES)
+def test_equals_the_reference(case, dtype):
+  inputs = _inputs(_SIZES[case], dtype=dtype)
+  expected = _value_and_gradients('reference', *[_upcast(x) for x in inputs])
+  actual = _value_and_gradients('tiled', *inputs)
+  assert {leaf.dtype.name for leaf in actual} == {dtype}
+  tolerances.assert_close(
+    [_upcast(x) for x in actual], list(expected), rtol=tolerances.BY_DTYPE[dtype], what=case
+  )
+
+
+def _upcast(x):
+  return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+@pytest.mark.parametrize('implementation', ['reference', 'tiled'])
+def test_equals_numpy(implementation):
+  for sizes in _SIZES.values():
+    rows, weights, group_sizes, _ = _inputs(sizes)
+    actual = grouped_matmul(rows, weights, group_sizes, implementation=implementation)
+    expected = _numpy(rows, weights, sizes)
+    tolerances.assert_close(actual, expected, rtol=tolerances.FLOAT32_REORDERED)
+
+
+_jitted = jax.jit(_value_and_gradients, static_argnums=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, _ROWS), min_size=4, max_size=4))
+def test_any_group_sizes(cuts):
+  ends = [*sorted(cuts), _ROWS]
+  sizes = np.diff(ends, prepend=0)
+  inputs = _inputs(sizes)
+  tolerances.assert_close(
+    list(_jitted('tiled', *inputs)),
+    list(_jitted('reference', *inputs)),
+    rtol=tolerances.FLOAT32_REORDERED,
+    what=str(sizes),
+  )
+
+
+def test_output_axes_stay_apart():
+  rows, weights, sizes, cotangent = _inputs((3, 0, 97), trailing=(2, 5))
+  flat = weights.reshape(3, _IN, 10)
+  value, d_rows, d_weights = _value_and_gradients('tiled', rows, weights, sizes, cotangent)
+  chex.assert_shape(value, (100, 2, 5))
+  expected = _value_and_gradients('tiled', rows, flat, sizes, cotangent.reshape(100, 10))
+  tolerances.assert_close(
+    [value.reshape(100, 10), d_rows, d_weights.reshape(3, _IN, 10)],
+    list(expected),
+    rtol=tolerances.FLOAT32_REORDERED,
+  )
+
+
+def test_the_work_does_not_grow_with_the_number_of_experts():
+  # Of the arrays, only the weights and their gradient may have an axis of experts.
+  sizes = (25,) * 8
+  inputs = _inputs(sizes)
+  text = str(jax.make_jaxpr(_value_and_gradients, static_argnums=0)('tiled', *inputs))
+  assert f'f32[8,{_IN},{_OUT}]' in text
+  assert f'f32[8,{sum(sizes)}' not in text
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda r, w, s: (r[:, 1:], w, s), 'rows have 11 columns and weights 12 rows'),
+    (lambda r, w, s: (r, w[1:], s), '3 matrices for 4 group sizes'),
+    (lambda r, w, s: (r.astype(jnp.bfloat16), w, s), 'rows are bfloat16 and weights float32'),
+  ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+  rows, weights, sizes, _ = _inputs(_SIZES['even'])
+  with pytest.raises(ValueError, match=message):
+    grouped_matmul(*change(rows, weights, sizes))
+
+
+def test_an_unknown_implementation_is_refused():
+  rows, weights, sizes, _ = _inputs(_SIZES['even'])
+  with pytest.raises(ValueError, match='there are: auto, tiled, reference'):
+    grouped_matmul(rows, weights, sizes, implementation='magic')

@@ -1,0 +1,91 @@
+"""Every implementation equals the reference on every case: values, and gradients of all inputs."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ssm_moe.ops.selective_scan import api, cases, chunked
+from tests.tolerances import BY_DTYPE, assert_close
+
+FAST = ('chunked', 'associative')
+
+
+def value_and_gradients(function, arguments, cotangents):
+  """Returns (y, last state) and the cotangent of every floating argument, by name."""
+  floating = {
+    name: v
+    for name, v in arguments.items()
+    if isinstance(v, jax.Array) and jnp.issubdtype(v.dtype, jnp.floating)
+  }
+  rest = {name: v for name, v in arguments.items() if name not in floating}
+  rest.pop('dt_softplus')
+
+  @jax.jit
+  def run(floating, rest, cotangents):
+    outputs, pullback = jax.vjp(
+      lambda floating: function(**floating, **rest, dt_softplus=arguments['dt_softplus']), floating
+    )
+    return outputs, pullback(cotangents)[0]
+
+  return run(floating, rest, cotangents)
+
+
+@functools.cache
+def expected_results(case):
+  arguments = cases.make_inputs(case, jax.random.key(1))
+  cotangents = cases.make_cotangents(case, jax.random.key(2))
+  reference = functools.partial(api.selective_scan, implementation='reference')
+  return arguments, cotangents, value_and_gradients(reference, arguments, cotangents)
+
+
+@pytest.mark.parametrize('implementation', FAST)
+@pytest.mark.parametrize('case', cases.CASES, ids=lambda case: case.name)
+def test_equals_reference_in_values_and_gradients(case, implementation):
+  arguments, cotangents, expected = expected_results(case)
+  function = functools.partial(api.selective_scan, implementation=implementation)
+  actual = value_and_gradients(function, arguments, cotangents)
+  (y, h), gradients = actual
+  chex.assert_type(y, arguments['x'].dtype)
+  chex.assert_type(h, jnp.float32)
+  for name, gradient in gradients.items():
+    chex.assert_type(gradient, arguments[name].dtype)
+  assert_close(actual, expected, rtol=BY_DTYPE[case.dtype], what=case.name)
+
+
+@pytest.mark.parametrize('chunk_size', [1, 5, 16, 129, 1000])
+def test_result_does_not_depend_on_chunk_size(chunk_size):
+  case = next(case for case in cases.CASES if case.name == 'all_129')
+  arguments, cotangents, expected = expected_results(case)
+  function = functools.partial(chunked.selective_scan, chunk_size=chunk_size)
+  actual = value_and_gradients(function, arguments, cotangents)
+  assert_close(actual, expected, rtol=BY_DTYPE[case.dtype])
+
+
+class WithAndWithoutJit(chex.TestCase):
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_equals_reference(self):
+    case = cases.Case(
+      name='jit', length=7, D=True, z=True, dt_bias=True, dt_softplus=True, h0=True, segments=2
+    )
+    arguments, cotangents, (expected, expected_gradients) = expected_results(case)
+    softplus = arguments['dt_softplus']
+    arrays = {name: v for name, v in arguments.items() if name != 'dt_softplus'}
+    x = arrays.pop('x')
+    for implementation in ('reference', *FAST):
+
+      @self.variant
+      def run(x, arrays, cotangents, implementation=implementation):
+        outputs, pullback = jax.vjp(
+          lambda x: api.selective_scan(
+            x=x, **arrays, dt_softplus=softplus, implementation=implementation
+          ),
+          x,
+        )
+        return outputs, pullback(cotangents)[0]
+
+      outputs, dx = run(x, arrays, cotangents)
+      assert_close(outputs, expected, rtol=BY_DTYPE['float32'], what=implementation)
+      assert_close(dx, expected_gradients['x'], rtol=BY_DTYPE['float32'], what=implementation)

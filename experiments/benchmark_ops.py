@@ -11,11 +11,15 @@ import re
 import secrets
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from ssm_moe import command_line
 from ssm_moe.analysis import benchmark
 from ssm_moe.errors import UserError
+from ssm_moe.layers import dispatch
 from ssm_moe.ops.selective_scan import associative, cases, chunked, reference
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Write the records there, as a JSON list.')
@@ -50,8 +54,59 @@ def selective_scan_benchmarks() -> list[benchmark.OpBenchmark]:
   ]
 
 
+# Loads of a trained router, as fractions: those of the least even layer of the MoE-Mamba of
+# experiments/configs/quickstart.py:moe_mamba after its run, largest first.
+TRAINED_LOAD = (0.22, 0.18, 0.15, 0.13, 0.11, 0.09, 0.07, 0.05)
+
+
+def feed_forward_benchmarks() -> list[benchmark.OpBenchmark]:
+  """A Switch layer, from the routes to the combined output, beside one dense expert."""
+  tokens, d_model, d_ff, num_experts = 4096, 512, 1536, len(TRAINED_LOAD)
+
+  def make_arguments(key):
+    keys = jax.random.split(key, 5)
+    inputs = {
+      'x': jax.random.normal(keys[0], (tokens, d_model)),
+      'weights': jax.random.uniform(keys[1], (tokens, 1)),
+      'wi': jax.random.normal(keys[2], (num_experts, d_model, d_ff)) / d_model**0.5,
+      'wo': jax.random.normal(keys[3], (num_experts, d_ff, d_model)) / d_ff**0.5,
+    }
+    ends = np.round(np.cumsum(TRAINED_LOAD) * tokens)
+    routes = np.searchsorted(ends, np.arange(tokens), side='right').clip(max=num_experts - 1)
+    return inputs, jax.random.permutation(keys[4], jnp.asarray(routes, jnp.int32))[:, None]
+
+  def planned(make_plan):
+    def run(inputs, expert_index):
+      plan = make_plan(expert_index, num_experts)
+      rows = jax.nn.relu(plan.matmul(plan.dispatch(inputs['x']), inputs['wi']))
+      return plan.combine(plan.matmul(rows, inputs['wo']), inputs['weights'])
+
+    return run
+
+  def dense(inputs, _):
+    return jax.nn.relu(inputs['x'] @ inputs['wi']) @ inputs['wo']
+
+  def one_expert(inputs):
+    return {'x': inputs['x'], 'wi': inputs['wi'][0], 'wo': inputs['wo'][0]}
+
+  return [
+    benchmark.OpBenchmark(
+      name='feed_forward',
+      shape=f'T {tokens}, M {d_model}, F {d_ff}, E {num_experts}',
+      dtype='float32',
+      implementations={
+        'dense, 1 expert': dense,
+        'dropless, 8 experts': planned(dispatch.dropless_plan),
+      },
+      oracle=planned(dispatch.dense_plan),
+      make_arguments=make_arguments,
+      yardsticks={'dense, 1 expert': one_expert},
+    )
+  ]
+
+
 def all_benchmarks() -> list[benchmark.OpBenchmark]:
-  return [*selective_scan_benchmarks()]
+  return [*selective_scan_benchmarks(), *feed_forward_benchmarks()]
 
 
 def main():

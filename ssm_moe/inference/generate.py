@@ -1,5 +1,6 @@
 """Writes text: the prompt in one parallel pass, then token by token at constant cost."""
 
+import dataclasses
 import functools
 
 import jax
@@ -30,7 +31,7 @@ def generate(
     num_tokens: How many to write.
     temperature: Divides the logits before a token is drawn; 0 takes the likeliest.
   """
-  model = lm.LM(config)
+  model = lm.LM(_dropless(config))
   variables = {'params': params}
 
   def draw(logits: Float[Array, 'B V'], key) -> Int[Array, 'B']:
@@ -52,3 +53,9 @@ def generate(
     return first[:, None]
   _, rest = jax.lax.scan(one_token, (first, output.state), jnp.stack(keys))
   return jnp.concatenate([first[:, None], rest.T], axis=1)
+
+
+def _dropless(config: ModelConfig) -> ModelConfig:
+  """Returns the model without expert capacity: a device of training that would drop tokens here."""
+  moe = dataclasses.replace(config.moe, dispatch='dropless', router_groups=1)
+  return dataclasses.replace(config, moe=moe)

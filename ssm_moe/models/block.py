@@ -40,7 +40,7 @@ class Period(nn.Module):
   def setup(self):
     dtype = jnp.dtype(self.config.dtype)
     make = {'M': self._mamba, 'E': self._moe}
-    self.norm = {name: make_norm(self.config.norm, dtype) for name in layer_names(self.config)}
+    self.norm = {name: make_norm(self.config.norm) for name in layer_names(self.config)}
     self.layer = {name: make[letter](dtype) for name, letter in layer_names(self.config).items()}
 
   def __call__(
@@ -53,7 +53,7 @@ class Period(nn.Module):
     """Returns the residual stream after the period, its new state and its routing."""
     new_state, new_aux = {}, {}
     for name, letter in layer_names(self.config).items():
-      normed = self.norm[name](x)
+      normed = self.norm[name](x.astype(jnp.float32))
       if letter == 'M':
         before = None if state is None else state[name]
         y, new_state[name], aux = self.layer[name](
@@ -72,7 +72,7 @@ class Period(nn.Module):
     """Runs one more token through the period."""
     new_state = {}
     for name, letter in layer_names(self.config).items():
-      normed = self.norm[name](x)
+      normed = self.norm[name](x.astype(jnp.float32))
       if letter == 'M':
         y, new_state[name] = self.layer[name].step(normed, state[name])
       else:

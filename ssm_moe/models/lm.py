@@ -61,7 +61,7 @@ class LM(nn.Module):
         jnp.float32,
       )
     if config.final_norm:
-      self.final_norm = make_norm(config.norm, jnp.dtype(config.dtype))
+      self.final_norm = make_norm(config.norm)
     self.periods = self._stack({'__call__': (0, nn.broadcast, nn.broadcast), 'step': (0,)})
 
   def __call__(
@@ -102,7 +102,7 @@ class LM(nn.Module):
 
   def _normalize(self, x: Array) -> Array:
     if self.config.final_norm:
-      return self.final_norm(x)
+      x = self.final_norm(x.astype(jnp.float32))
     return x.astype(jnp.dtype(self.config.dtype))
 
   def _stack(self, in_axes: dict[str, Any]) -> nn.Module:

@@ -72,7 +72,7 @@ def init_train_state(
 ) -> TrainState:
   """Returns the state before the first step; arrays carry their logical axes (flax boxes)."""
   model = lm.LM(config.model)
-  tokens = jnp.zeros((1, 2), jnp.int32)
+  tokens = jnp.zeros((1, config.model.moe.router_groups), jnp.int32)
   params = model.init(key, tokens)['params']
   carried = config.data.carry_state
   return TrainState(
@@ -146,7 +146,7 @@ def make_train_step(
       # The next window starts from the value, not from the graph: the backpropagation is truncated.
       model_state=model_state,
     )
-    return state, StepMetrics(loss, auxiliary, optax.global_norm(gradients), aux)
+    return state, StepMetrics(loss, auxiliary, optax.tree.norm(gradients), aux)
 
   return train_step
 

@@ -30,6 +30,7 @@ def rows(steps, **more):
 VALID = {'tokens': 300, 'valid_loss': 2.0}
 
 
+@pytest.mark.filterwarnings('error')
 @pytest.mark.parametrize(
   ('metrics', 'train', 'valid'),
   [
@@ -85,6 +86,7 @@ def test_layers_may_have_different_numbers_of_experts(tmp_path):
   plot_expert_load([np.full(2, 0.5), np.full(8, 0.125)], path, ['M', 'E'])
   height, width = matplotlib.image.imread(path).shape[:2]
   assert pixels(path, (200, 200, 200)) > 0.1 * height * width
+  assert pixels(path, PURPLE) < 0.01 * height * width  # both are balanced
 
 
 def test_no_layers_is_a_figure_that_says_so(tmp_path):

@@ -130,12 +130,15 @@ class TestResume:
     assert [json.loads(line)['step'] for line in lines[6:]] == [4, 5, 6]
 
   def test_a_start_without_a_checkpoint_drops_everything(self, tmp_path):
-    write_steps(tmp_path, 0, [1, 2])
-    with MetricsLogger(tmp_path, first_step=0, total_steps=9) as logger:
-      logger.write({'step': 0, 'valid_loss': 5.0})
+    for steps in ([1, 2], []):
+      with MetricsLogger(tmp_path, first_step=0, total_steps=9) as logger:
+        logger.write({'step': 0, 'valid_loss': 5.0})
+        for step in steps:
+          logger.write(train_row(step))
     assert [row['step'] for row in read_metrics(tmp_path / 'metrics.jsonl')] == [0]
     assert set(tensorboard(tmp_path)) == {'valid_loss', 'train_loss', 'tokens_per_second'}
     assert tensorboard(tmp_path)['train_loss'] == []
+    assert len(tensorboard(tmp_path)['valid_loss']) == 1
 
   def test_a_kill_while_rows_are_dropped_leaves_the_file_whole(self, tmp_path, monkeypatch):
     write_steps(tmp_path, 0, [1, 2, 3])

@@ -1,0 +1,125 @@
+"""The closed form against the papers' counts, the real tree, and counted matmuls."""
+
+import dataclasses
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from jax.extend import core as jex_core
+
+from ssm_moe.config import (
+  ExperimentConfig,
+  MambaConfig,
+  ModelConfig,
+  MoEConfig,
+  RoMConfig,
+  from_config_dict,
+)
+from ssm_moe.models import accounting, lm
+
+_CONFIGS = sorted(pathlib.Path('experiments/configs').glob('*.py'))
+
+
+def _load(path) -> ExperimentConfig:
+  return from_config_dict(runpy.run_path(str(path))['get_config']())
+
+
+def _shapes(config: ModelConfig):
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  return nn.unbox(jax.eval_shape(lm.LM(config).init, jax.random.key(0), tokens)['params'])
+
+
+def _size(tree):
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _moe_mamba(num_experts):
+  config = _load(pathlib.Path('experiments/configs/moe_mamba_26m.py')).model
+  return dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=num_experts))
+
+
+def test_moe_mamba_counts_of_the_paper():
+  account = accounting.account(_moe_mamba(32))
+  assert account['non_embedding_params'] == 416_358_400
+  assert account['active_non_embedding_params'] == 26_288_128
+  assert accounting.account(_moe_mamba(42))['non_embedding_params'] == 542_228_480
+
+
+def test_mamba_and_rom_counts_of_the_ladder():
+  dense = accounting.account(_load(pathlib.Path('experiments/configs/mamba_115m.py')).model)
+  assert dense['total_params'] == dense['active_params'] == 115_096_320
+  routed = accounting.account(_load(pathlib.Path('experiments/configs/rom_115m.py')).model)
+  assert routed['total_params'] == 709_786_368
+  assert routed['active_params'] == 115_243_776
+
+
+@pytest.mark.parametrize('path', _CONFIGS, ids=lambda path: path.stem)
+def test_equals_the_tree_of_every_config(path):
+  config = _load(path).model
+  assert accounting.account(config)['total_params'] == _size(_shapes(config))
+
+
+def test_config_files_are_found():
+  assert len(_CONFIGS) >= 5
+
+
+def _matmul_flops(jaxpr):
+  """Counts 2 m n k of every dot, times the length of the loops around it."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      (contracted, _), _ = equation.params['dimension_numbers']
+      left = equation.invars[0].aval.shape
+      total += 2 * equation.outvars[0].aval.size * _product(left[axis] for axis in contracted)
+    length = equation.params.get('length', 1) if equation.primitive.name == 'scan' else 1
+    for inner in jex_core.jaxprs_in_params(equation.params):
+      total += length * _matmul_flops(inner)
+  return total
+
+
+def _product(sizes):
+  result = 1
+  for size in sizes:
+    result *= size
+  return result
+
+
+@pytest.mark.parametrize('num_experts', [1, 4])
+def test_flops_equal_counted_matmuls(num_experts):
+  # The dense dispatch computes every expert: with top_k = num_experts that is the closed form's
+  # count. What is no matmul (scan, convolution) is taken off; combining is one more small matmul.
+  rom = RoMConfig(kind='shared', num_experts=num_experts, top_k=num_experts, dispatch='dense')
+  moe = MoEConfig(num_experts=num_experts, top_k=num_experts, dispatch='dense')
+  config = ModelConfig(
+    d_model=32, num_periods=2, pattern='ME', mamba=MambaConfig(rom=rom), moe=moe, vocab_size=50
+  )
+  costs = accounting.by_component(config)
+  tokens = 24
+  expected = tokens * sum(
+    cost.flops_per_token for name, cost in costs.items() if name not in ('mamba_scan', 'mamba_conv')
+  )
+  combined = tokens * 2 * num_experts * config.num_periods * (2 * 64 + 32 + 32)
+
+  def forward(params, inputs):
+    model = lm.LM(config)
+    hidden = model.apply({'params': params}, inputs).hidden
+    return model.apply({'params': params}, hidden, method='logits')
+
+  jaxpr = jax.make_jaxpr(forward)(_shapes(config), jnp.zeros((1, tokens), jnp.int32)).jaxpr
+  balance = 2 * 2 * num_experts * config.num_periods  # E f_e P_e of the balance losses
+  assert _matmul_flops(jaxpr) == expected + combined + balance
+
+
+def test_top_k_scales_the_expert_part_only():
+  one, two = (
+    accounting.by_component(ModelConfig(pattern='ME', moe=MoEConfig(num_experts=8, top_k=top_k)))
+    for top_k in (1, 2)
+  )
+  assert two['moe_experts'].active_params == 2 * one['moe_experts'].active_params
+  assert two['moe_experts'].flops_per_token == 2 * one['moe_experts'].flops_per_token
+  assert {n: c for n, c in one.items() if n != 'moe_experts'} == {
+    n: c for n, c in two.items() if n != 'moe_experts'
+  }

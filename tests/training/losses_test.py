@@ -1,0 +1,87 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssm_moe.training.losses import cross_entropy_sum
+from tests import tolerances
+
+_BATCH, _LENGTH, _D_MODEL, _VOCAB = 3, 10, 8, 17
+
+
+def _inputs(dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(5), 4)
+  hidden = jax.random.normal(keys[0], (_BATCH, _LENGTH, _D_MODEL)).astype(dtype)
+  head = jax.random.normal(keys[1], (_D_MODEL, _VOCAB))
+  targets = jax.random.randint(keys[2], (_BATCH, _LENGTH), 0, _VOCAB)
+  weights = (jax.random.uniform(keys[3], (_BATCH, _LENGTH)) < 0.7).astype(jnp.float32)
+  return hidden, head, targets, weights
+
+
+def _whole(hidden, head, targets, weights):
+  logits = jnp.einsum('blm,mv->blv', hidden, head)
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+  return -jnp.sum(chosen * weights)
+
+
+@pytest.mark.parametrize('chunk', [1, 9, 12, 30, 1000])
+def test_any_chunk_equals_the_whole(chunk):
+  hidden, head, targets, weights = _inputs()
+
+  def chunked(hidden, head):
+    return 0.25 * cross_entropy_sum(hidden, head, targets, weights, chunk=chunk)
+
+  def whole(hidden, head):
+    return 0.25 * _whole(hidden, head, targets, weights)
+
+  for transform in (lambda f: f, lambda f: jax.value_and_grad(f, argnums=(0, 1))):
+    tolerances.assert_close(
+      transform(chunked)(hidden, head),
+      transform(whole)(hidden, head),
+      rtol=tolerances.FLOAT32_REORDERED,
+    )
+
+
+def test_bfloat16_hidden_states_keep_a_float32_loss():
+  hidden, head, targets, weights = _inputs(jnp.bfloat16)
+  loss, gradient = jax.value_and_grad(cross_entropy_sum, argnums=(0, 1))(
+    hidden, head, targets, weights, chunk=8
+  )
+  assert loss.dtype == jnp.float32
+  assert gradient[0].dtype == jnp.bfloat16 and gradient[1].dtype == jnp.float32
+  expected = _whole(hidden.astype(jnp.float32), head, targets, weights)
+  tolerances.assert_close(loss, expected, rtol=tolerances.BFLOAT16)
+
+
+def test_uniform_logits_cost_log_v():
+  _, head, targets, weights = _inputs()
+  loss = cross_entropy_sum(jnp.zeros((_BATCH, _LENGTH, _D_MODEL)), head, targets, weights, chunk=7)
+  np.testing.assert_allclose(loss, np.log(_VOCAB) * weights.sum(), rtol=1e-6)
+
+
+def test_what_has_no_weight_gives_no_gradient():
+  hidden, head, targets, weights = _inputs()
+  gradient = jax.grad(cross_entropy_sum)(hidden, head, targets, weights, chunk=8)
+  silent = np.asarray(jnp.all(gradient == 0, axis=-1))
+  np.testing.assert_array_equal(silent, np.asarray(weights) == 0)
+
+
+def test_logits_of_the_whole_batch_never_exist():
+  batch, length, vocab, chunk = 4, 512, 1000, 64
+  shapes = (
+    jax.ShapeDtypeStruct((batch, length, _D_MODEL), jnp.float32),
+    jax.ShapeDtypeStruct((_D_MODEL, vocab), jnp.float32),
+    jax.ShapeDtypeStruct((batch, length), jnp.int32),
+    jax.ShapeDtypeStruct((batch, length), jnp.float32),
+  )
+
+  def loss(*arguments):
+    return cross_entropy_sum(*arguments, chunk=chunk)
+
+  compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+  all_logits = 4 * batch * length * vocab
+  # A few arrays of one chunk, which is 1/32 of all, and the hidden states' gradient.
+  assert compiled.memory_analysis().temp_size_in_bytes < all_logits / 4
+  chex.assert_shape(jax.eval_shape(loss, *shapes), ())

@@ -1,13 +1,14 @@
 """Runs a script's main function so that a user's mistake is answered with one line.
 
 absl and ml_collections answer a mistyped flag with tens of lines and status 1. Here a `UserError`,
-a flag that does not parse, and a config key that does not exist are one line on standard error and
-exit status 2.
+a flag that does not parse, a config key that does not exist and whatever a config file raises are
+one line on standard error and exit status 2; for a config file it says which line of it.
 """
 
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import app, flags
@@ -26,11 +27,9 @@ def run(main: Callable[[], Any]) -> None:
     try:
       _check_config_flags(argv[1:])
       rest = flags.FLAGS(argv)
-    except flags.Error as error:
-      _refuse(error)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-      # config_flags reads the config file and applies overrides while flags are parsed.
-      _refuse(error)
+    except Exception as error:
+      # config_flags runs the config file and applies overrides while flags are parsed.
+      _refuse(_in_config_file(error, argv[1:]) or error)
     if len(rest) > 1:
       _refuse(UserError(f'unexpected argument {rest[1]!r}; every option is a --flag'))
     return rest
@@ -41,20 +40,54 @@ def run(main: Callable[[], Any]) -> None:
       main()
     except UserError as error:
       _refuse(error)
+    except OSError as error:
+      # config_flags keeps what opening a file met until the config is first looked at.
+      mistake = _in_config_file(error, sys.argv[1:])
+      if mistake is None:
+        raise
+      _refuse(mistake)
 
   app.run(guarded, flags_parser=parse)
 
 
+def _config_files(arguments: list[str]) -> Iterator[str]:
+  """Yields what --config is set to, without the parameter that may follow a colon."""
+  for i, argument in enumerate(arguments):
+    name, equals, value = argument.partition('=')
+    if name in ('-config', '--config') and (equals or i + 1 < len(arguments)):
+      yield (value if equals else arguments[i + 1]).partition(':')[0]
+
+
 def _check_config_flags(arguments: list[str]) -> None:
   """Checks names before config_flags does, whose answers name neither the file nor the choices."""
+  for file in _config_files(arguments):
+    if not os.path.isfile(file):
+      raise UserError(f'--config={file}: there is no such file')
   for argument in arguments:
-    name, equals, value = argument.lstrip('-').partition('=')
-    if name.startswith('config.'):
+    name = argument.lstrip('-').partition('=')[0]
+    if argument.startswith('-') and name.startswith('config.'):
       config.check_key(name, name.removeprefix('config.'))
-    elif name == 'config' and equals:
-      file = value.partition(':')[0]  # a parameter of the config file may follow
-      if not os.path.isfile(file):
-        raise UserError(f'--config={file}: there is no such file')
+
+
+def _in_config_file(error: Exception, arguments: list[str]) -> UserError | None:
+  """Returns what went wrong in a config file, and at which line; None if it was not there."""
+  files = list(_config_files(arguments))
+  chain = [error]
+  while cause := chain[-1].__cause__ or chain[-1].__context__:
+    chain.append(cause)
+  # config_flags and absl wrap some errors, and put the traceback in the message: the first tells.
+  root = chain[-1]
+  what = f'{type(root).__name__}: {root}' if str(root) else type(root).__name__
+  if isinstance(root, SyntaxError) and root.filename in files:
+    return UserError(f'{root.filename}:{root.lineno}: {type(root).__name__}: {root.msg}')
+  frames = traceback.extract_tb(root.__traceback__)
+  for frame in reversed(frames):
+    if frame.filename in files:
+      return UserError(f'{frame.filename}:{frame.lineno}: {what}')
+  wrapped = isinstance(error, flags.Error) and '\n' in str(error)
+  if files and (wrapped or not isinstance(error, (UserError, flags.Error))):
+    return UserError(f'--config={files[-1]}: {what}')
+  return None
 
 
 def _refuse(error: Exception) -> None:

@@ -4,8 +4,9 @@ The work follows the group sizes themselves, not the largest of them, so a train
 load costs what an even one does. Loops rather than conditionals: a loop updates its carry in place,
 while a conditional around the output array copies it (on jax 0.10).
 
-A group's rows are cut in tiles of 128, then at most one each of 64 and 32, then a masked rest, so
-that at most 31 rows a group are computed in vain.
+A group's rows, rounded up to a multiple of 32, are cut in tiles of 512, then at most one each of
+256, 128, 64 and 32: few calls, because each reads and repacks the whole matrix, and at most 31 rows
+a group computed in vain.
 """
 
 from collections.abc import Callable
@@ -15,10 +16,7 @@ import jax.numpy as jnp
 
 from ssm_moe.shapes import Array, Float, Int
 
-_TILE = (
-  128  # rows of a full tile: larger ones win nothing, smaller ones reload the matrix too often
-)
-_SMALLEST = 32
+_TILE_SIZES = (512, 256, 128, 64, 32)
 # Gradients of matrices contract over rows. Long slabs, because each further slab reads and writes
 # the whole gradient once more; the rest of a group is rounded up to 64 rows.
 _SLAB = 512
@@ -72,13 +70,10 @@ def _map_tiles(
 ) -> Array:
   """Applies `multiply(tile of rows, matrix of its group)` to all rows."""
   num_rows = rows.shape[0]
+  sizes = [size for size in _TILE_SIZES if size <= num_rows] or [num_rows]
 
-  def put_tile(y, matrix, start, size):
-    tile = jax.lax.dynamic_slice_in_dim(rows, start, size)
-    return jax.lax.dynamic_update_slice_in_dim(y, multiply(tile, matrix), start, axis=0)
-
-  def put_masked_tile(y, matrix, start, end, size):
-    # Near the end of the array the tile moves back over rows of earlier groups, and keeps them.
+  def put_tile(y, matrix, start, end, size):
+    # Near the end of the array a tile moves back over rows of earlier groups, and keeps them.
     moved = jnp.clip(start, 0, num_rows - size)
     position = moved + jnp.arange(size)
     ours = (position >= start) & (position < end)
@@ -90,21 +85,16 @@ def _map_tiles(
   def one_group(y, group):
     matrix, start, count = group
     end = start + count
-    size = _TILE
-    while size >= _SMALLEST and size <= num_rows:
-      repeats = count // size if size == _TILE else count // size % 2
+    left = -(-count // sizes[-1]) * sizes[-1]
+    for size in sizes:
+      repeats = left // size
 
-      def full_tile(i, y, start=start, size=size):
-        return put_tile(y, matrix, start + i * size, size)
+      def one_tile(i, y, start=start, size=size):
+        return put_tile(y, matrix, start + i * size, end, size)
 
-      y = jax.lax.fori_loop(0, repeats, full_tile, y)
-      start = start + repeats * size
-      count = count - repeats * size
-      size //= 2
-    smallest = min(_SMALLEST, num_rows)
-    return jax.lax.fori_loop(
-      0, -(-count // smallest), lambda _, y: put_masked_tile(y, matrix, start, end, smallest), y
-    ), None
+      y = jax.lax.fori_loop(0, repeats, one_tile, y)
+      start, left = start + repeats * size, left - repeats * size
+    return y, None
 
   y = jnp.zeros((num_rows, *output_shape), rows.dtype)
   starts = jnp.cumsum(group_sizes) - group_sizes

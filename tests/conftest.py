@@ -10,6 +10,8 @@ jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS') or 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
+# On a GPU or TPU a float32 matmul would else round its inputs to 10 bits or less.
+jax.config.update('jax_default_matmul_precision', 'highest')
 # Each worker compiles the same functions: the cache lets the second one, and the next run, load.
 _CACHE = pathlib.Path(os.environ.get('JAX_COMPILATION_CACHE_DIR') or '.jax_cache')
 jax.config.update('jax_compilation_cache_dir', str(_CACHE.absolute()))

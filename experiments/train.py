@@ -22,7 +22,8 @@ _WORKDIR = flags.DEFINE_string(
 
 def main():
   experiment = config.from_flag(_CONFIG.value)
-  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
+  file, _, variant = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+  name = '_'.join(part for part in (pathlib.Path(file).stem, variant) if part)
   summary = loop.train_and_evaluate(experiment, _WORKDIR.value or f'runs/{name}')
   if summary is not None:
     print(json.dumps(summary))

@@ -29,7 +29,7 @@ def run(main: Callable[[], Any]) -> None:
       rest = flags.FLAGS(argv)
     except Exception as error:
       # config_flags runs the config file and applies overrides while flags are parsed.
-      _refuse(_in_config_file(error, argv[1:]) or error)
+      _refuse(_in_config_file(error, argv[1:]) or _unwrapped(error, argv[1:]))
     if len(rest) > 1:
       _refuse(UserError(f'unexpected argument {rest[1]!r}; every option is a --flag'))
     return rest
@@ -70,24 +70,39 @@ def _check_config_flags(arguments: list[str]) -> None:
 
 
 def _in_config_file(error: Exception, arguments: list[str]) -> UserError | None:
-  """Returns what went wrong in a config file, and at which line; None if it was not there."""
+  """Returns what a config file raised, and at which line; None if `error` is not from there."""
   files = list(_config_files(arguments))
+  for cause in _causes(error):
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(cause.__traceback__)]
+    if isinstance(cause, SyntaxError):
+      places.append((cause.filename, cause.lineno))
+    for file, line in reversed(places):
+      if file in files:
+        return UserError(f'{file}:{line}: {_describe(cause)}')
+  return None
+
+
+def _unwrapped(error: Exception, arguments: list[str]) -> Exception:
+  """Returns `error`, or what config_flags met when it loaded the file and did not say plainly."""
+  # Where it does wrap an error, it puts the traceback into the message.
+  plain = isinstance(error, UserError | flags.Error) and '\n' not in str(error)
+  files = list(_config_files(arguments))
+  if plain or not files:
+    return error
+  return UserError(f'--config={files[-1]}: {_describe(_causes(error)[0])}')
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+  """Returns the errors that led to `error`, the first one first."""
   chain = [error]
   while cause := chain[-1].__cause__ or chain[-1].__context__:
     chain.append(cause)
-  # config_flags and absl wrap some errors, and put the traceback in the message: the first tells.
-  root = chain[-1]
-  what = f'{type(root).__name__}: {root}' if str(root) else type(root).__name__
-  if isinstance(root, SyntaxError) and root.filename in files:
-    return UserError(f'{root.filename}:{root.lineno}: {type(root).__name__}: {root.msg}')
-  frames = traceback.extract_tb(root.__traceback__)
-  for frame in reversed(frames):
-    if frame.filename in files:
-      return UserError(f'{frame.filename}:{frame.lineno}: {what}')
-  wrapped = isinstance(error, flags.Error) and '\n' in str(error)
-  if files and (wrapped or not isinstance(error, (UserError, flags.Error))):
-    return UserError(f'--config={files[-1]}: {what}')
-  return None
+  return chain[::-1]
+
+
+def _describe(error: BaseException) -> str:
+  message = error.msg if isinstance(error, SyntaxError) else str(error)
+  return f'{type(error).__name__}: {message}' if message else type(error).__name__
 
 
 def _refuse(error: Exception) -> None:

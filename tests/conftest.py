@@ -3,6 +3,9 @@
 import os
 import pathlib
 
+# Tests run small shapes once: the time is in compiling them. Set before JAX reads it.
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
+
 import jax
 import pytest
 

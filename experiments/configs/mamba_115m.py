@@ -2,7 +2,8 @@ r"""Dense Mamba, 24 x 768, 115M parameters: the smallest of Routing Mamba's ladd
 
 python experiments/tokenize.py --input=SLIMPAJAMA/*.jsonl.gz --tokenizer=llama2/tokenizer.json \
   --output=data/slimpajama
-python experiments/train.py --config=experiments/configs/mamba_115m.py --config.data.valid="('VALID',)"
+python experiments/train.py --config=experiments/configs/mamba_115m.py \
+  --config.data.valid="('VALID',)"
 
 Routing Mamba (https://arxiv.org/abs/2506.18145); its recipe is inferred from the code of Samba, on
 which it builds. 32 accumulation steps fit one GPU of 80 GB; fewer, where there are more.

@@ -1,7 +1,9 @@
 r"""Dense Mamba, 16 x 512, the baseline of MoE-Mamba's ablations at 1B tokens.
 
-python experiments/tokenize.py --input=C4/*.jsonl.gz --tokenizer=gpt2/tokenizer.json --output=data/c4
-python experiments/train.py --config=experiments/configs/mamba_26m.py --config.data.valid="('C4_VALID',)"
+python experiments/tokenize.py --input=C4/*.jsonl.gz --tokenizer=gpt2/tokenizer.json \
+  --output=data/c4
+python experiments/train.py --config=experiments/configs/mamba_26m.py \
+  --config.data.valid="('C4_VALID',)"
 
 MoE-Mamba (https://arxiv.org/abs/2401.04081): sizes and learning rate of table 5, tokens of table 4,
 where its log-perplexity is 3.72 (a running mean of the training loss, in nats a token).

@@ -1,9 +1,9 @@
-r"""Small models on the source code of Python's standard library, by bytes; minutes on two CPU cores.
+r"""Small models of Python's standard library by bytes: minutes on two CPU cores.
 
 python experiments/train.py --config=experiments/configs/quickstart.py
 
-Routing Mamba with 8 experts; `quickstart.py:mamba` and `quickstart.py:moe_mamba` are the dense Mamba
-and the MoE-Mamba of the same active size.
+Routing Mamba with 8 experts; `quickstart.py:mamba` and `quickstart.py:moe_mamba` are the dense
+Mamba and the MoE-Mamba of the same active size.
 """
 
 from ssm_moe import config as config_lib

@@ -1,6 +1,7 @@
 r"""Routing Mamba, 24 x 768, 8 experts top-1: 115M of 710M parameters active, 20B tokens.
 
-python experiments/train.py --config=experiments/configs/rom_115m.py --config.data.valid="('VALID',)"
+python experiments/train.py --config=experiments/configs/rom_115m.py \
+  --config.data.valid="('VALID',)"
 
 Routing Mamba (https://arxiv.org/abs/2506.18145): experts on the conv, gate and output projections,
 one router a layer, no balance loss. Its recipe is inferred from the code of Samba, on which it

@@ -24,9 +24,11 @@ from ssm_moe.models import accounting
 from ssm_moe.training import report
 from ssm_moe.training import step as step_lib
 from ssm_moe.training.checkpoint import Checkpointer
-from ssm_moe.training.metrics import MetricsLogger
+from ssm_moe.training.metrics import MetricsLogger, read_metrics
 from ssm_moe.training.optimizer import make_optimizer, make_schedule
 from ssm_moe.training.signals import StopSignals
+
+_LAST_GOOD = 'the last good checkpoint is kept, try a lower learning rate'
 
 
 class TrainingError(UserError):
@@ -70,6 +72,8 @@ def train_and_evaluate(config: ExperimentConfig, workdir: str | pathlib.Path) ->
     TrainingError: the loss is no longer finite.
   """
   workdir = pathlib.Path(workdir)
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(f'{workdir}: the workdir is a file; give a folder, or a path that is free')
   mesh = sharding.make_mesh(config.mesh)
   _check_batch(config, mesh)
   shared = {
@@ -98,13 +102,14 @@ def train_and_evaluate(config: ExperimentConfig, workdir: str | pathlib.Path) ->
       metrics.say(report.banner(config, mesh, workdir, train_data, eval_data, progress.step))
       run = _Run(config, workdir, program, train_data, eval_data, checkpointer, metrics, stop)
       state, evaluation = run.train(state, progress)
-      if stop.requested:
+      summary = None if stop.requested else run.finish(state, progress, evaluation)
+      if summary is None:
+        checkpointer.wait()
         metrics.say(
-          f'{stop.requested}: saved step {progress.step} in {workdir}; '
+          f'{stop.requested}: step {progress.step} is saved in {workdir}; '
           'the same command goes on from there'
         )
-        return None
-      return run.finish(state, progress, evaluation)
+      return summary
 
 
 class Program:
@@ -183,42 +188,66 @@ class _Run:
       The state, and the evaluation of the last step if there was one.
     """
     train = self._config.train
-    if progress.step >= train.num_steps:
-      return state, None
-    batches = self._train_data.iterate(progress.step)
     evaluation = None
+    if self._evaluation_is_missing(progress):
+      evaluation = self._evaluate(state, progress)
+      if evaluation is None:
+        return state, None
+      self._save(state, progress, evaluation)
+    if progress.step >= train.num_steps:
+      return state, evaluation
+    batches = self._train_data.iterate(progress.step)
     try:
       ahead = self._program.put(next(batches))
       train_step = self._program.compile_train_step(state, ahead)
       window = _Window(self._write_row, progress, train)
-      while progress.step < train.num_steps and not self._stop.requested:
+      stop = False
+      while progress.step < train.num_steps and not stop:
         with jax.transfer_guard('disallow'):
           state, step_metrics = train_step(state, ahead)
         ahead = self._program.put(next(batches))
         window.add(step_metrics)
         step = progress.step + window.pending
         last = step == train.num_steps
-        evaluate = last or step % train.eval_every == 0
+        evaluate = self._evaluation_is_due(step)
         save = last or step % train.checkpoint_every == 0
-        if evaluate or save or self._stop.requested:
+        # Looked at once a step: the loop must not end at a signal that nothing was saved for.
+        stop = bool(self._stop.requested)
+        if evaluate or save or stop:
           window.flush()
-          if evaluate:
-            evaluation = self._evaluate(state, progress)
-          if save or self._stop.requested:
-            self._save(state, progress, evaluation if evaluate else None)
+          evaluation = self._evaluate(state, progress) if evaluate else None
+          stop = stop or (evaluate and evaluation is None)
+          if save and evaluation is None and not stop:
+            self._check_loss(state, ahead, progress)
+          if save or stop:
+            self._save(state, progress, evaluation)
           window.restart_clock()
     finally:
       batches.close()
     return state, evaluation
 
+  def _evaluation_is_due(self, step: int) -> bool:
+    train = self._config.train
+    return step == train.num_steps or step % train.eval_every == 0
+
+  def _evaluation_is_missing(self, progress: Progress) -> bool:
+    """Whether a signal came in the evaluation of the restored step, before its row was written."""
+    if not progress.step or not self._evaluation_is_due(progress.step):
+      return False
+    rows = read_metrics(self._workdir / 'metrics.jsonl')
+    return not any(row['step'] == progress.step and 'valid_loss' in row for row in rows)
+
   def finish(
     self, state: step_lib.TrainState, progress: Progress, evaluation: report.Evaluation | None
-  ) -> dict:
-    """Evaluates if the last step has not, draws, writes a sample, and returns the summary."""
+  ) -> dict | None:
+    """Evaluates if the last step has not, draws, writes a sample, and returns the summary.
+
+    Returns None if a signal came in the evaluation.
+    """
     if evaluation is None:
-      evaluation = self._sum_evaluation(state)
-    if evaluation is None:  # stopped meanwhile
-      return self._summary(progress, None)
+      evaluation = self._sum_evaluation(state, progress)
+    if evaluation is None:
+      return None
     self._checkpointer.wait()
     report.draw(self._workdir, self._config.model, evaluation)
     sample = report.sample(self._config, state.params, self._train_data.tokenizer)
@@ -226,34 +255,53 @@ class _Run:
       print(sample, flush=True)
     return self._summary(progress, evaluation)
 
-  def _summary(self, progress: Progress, evaluation: report.Evaluation | None) -> dict:
+  def _summary(self, progress: Progress, evaluation: report.Evaluation) -> dict:
     speed = progress.tokens / progress.seconds if progress.seconds else None
     return {
       'final_step': progress.step,
       'train_loss': progress.train_loss,
-      'valid_loss': evaluation and evaluation.loss,
-      'valid_bits_per_byte': evaluation and evaluation.bits_per_byte,
+      'valid_loss': evaluation.loss,
+      'valid_bits_per_byte': evaluation.bits_per_byte,
       'tokens_per_second': speed,
       'workdir': str(self._workdir),
     }
 
   def _evaluate(self, state: step_lib.TrainState, progress: Progress) -> report.Evaluation | None:
     """Evaluates and writes the row of it; None if a signal came meanwhile."""
-    evaluation = self._sum_evaluation(state)
+    evaluation = self._sum_evaluation(state, progress)
     if evaluation is not None:
       self._metrics.write(self._row(progress) | evaluation.row(), **evaluation.loads())
     return evaluation
 
-  def _sum_evaluation(self, state: step_lib.TrainState) -> report.Evaluation | None:
+  def _sum_evaluation(
+    self, state: step_lib.TrainState, progress: Progress
+  ) -> report.Evaluation | None:
     sums = None
     for batch in self._eval_data:
       if self._stop.requested:
         return None
       of_batch = self._program.eval_step(state.params, self._program.put(batch))
       sums = of_batch if sums is None else jax.tree.map(jax.numpy.add, sums, of_batch)
-    return report.Evaluation.from_sums(
+    evaluation = report.Evaluation.from_sums(
       jax.device_get(sums), self._config.model, num_bytes=self._eval_data.num_bytes
     )
+    if not math.isfinite(evaluation.loss):
+      raise TrainingError(
+        f'step {progress.step}: the validation loss is {evaluation.loss}; {_LAST_GOOD}'
+      )
+    return evaluation
+
+  def _check_loss(
+    self, state: step_lib.TrainState, batch: step_lib.Batch, progress: Progress
+  ) -> None:
+    """Raises if the next loss is not finite: what is saved must be fit to go on from.
+
+    The loss of a step is that of the parameters before its update. A signal leaves no time for
+    this, and an evaluation has done it.
+    """
+    nats = float(self._program.eval_step(state.params, batch).nats)
+    if not math.isfinite(nats):
+      raise TrainingError(f'step {progress.step + 1}: the loss is {nats}; {_LAST_GOOD}')
 
   def _save(
     self,
@@ -323,7 +371,7 @@ class _Window:
     if not (np.isfinite(metrics.loss) and np.isfinite(metrics.gradient_norm)):
       raise TrainingError(
         f'step {progress.step + 1}: the loss is {metrics.loss} and the gradient norm '
-        f'{metrics.gradient_norm}; the last good checkpoint is kept, try a lower learning rate'
+        f'{metrics.gradient_norm}; {_LAST_GOOD}'
       )
     now = time.perf_counter()
     progress.seconds += now - self._clock

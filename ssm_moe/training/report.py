@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +73,7 @@ class Evaluation(NamedTuple):
     nats = float(sums.nats)
     return cls(
       nats / float(sums.scored),
-      None if num_bytes is None else nats / math.log(2) / num_bytes,
+      nats / math.log(2) / num_bytes if num_bytes else None,
       *_by_depth(loads, config),
     )
 
@@ -154,4 +155,11 @@ def sample(config: ExperimentConfig, params: PyTree, tokenizer: Tokenizer | None
   written = [int(token) for token in np.asarray(tokens[0])]
   if tokenizer.end_of_text in written:
     written = written[: written.index(tokenizer.end_of_text)]
-  return settings.prompt + tokenizer.decode(written)
+  return _printable(settings.prompt + tokenizer.decode(written))
+
+
+def _printable(text: str) -> str:
+  """Returns what any terminal can show: no control sequence, no letter that it cannot encode."""
+  shown = ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
+  encoding = sys.stdout.encoding or 'utf-8'
+  return shown.encode(encoding, errors='replace').decode(encoding)

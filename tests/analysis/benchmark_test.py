@@ -68,7 +68,8 @@ def test_a_wrong_result_is_an_error(function):
 
 def test_a_yardstick_is_not_checked():
   op = dataclasses.replace(
-    with_implementation(lambda inputs, constants: 2 * inputs['x']), yardsticks={'other': lambda inputs: inputs}
+    with_implementation(lambda inputs, constants: 2 * inputs['x']),
+    yardsticks={'other': lambda inputs: inputs},
   )
   records = benchmark.run(op, names=['other', 'power'], repeats=1, seed=0)
   assert [r.relative_error is None for r in records] == [True] * 3 + [False] * 3

@@ -1,5 +1,7 @@
 """The mixer, dense and routed: split, step, causality, documents, initial values."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -30,16 +32,21 @@ def _mixer(rom, dtype='float32'):
   )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(module, variables, x, **options):
+  return module.apply(variables, x, **options)
+
+
 @pytest.fixture(params=list(_KINDS))
 def mixer(request, rng):
   module = _mixer(_KINDS[request.param])
   x = jax.random.normal(rng, (_BATCH, _LENGTH, _D_MODEL))
-  return module, module.init(rng, x), x
+  return module, jax.jit(module.init)(rng, x), x
 
 
 def test_sequence_equals_steps(mixer):
   module, variables, x = mixer
-  whole, last, _ = module.apply(variables, x)
+  whole, last, _ = _apply(module, variables, x)
   state = mamba_lib.initial_state(
     module.mamba, d_model=_D_MODEL, batch=_BATCH, dtype=jnp.dtype('float32')
   )
@@ -53,12 +60,12 @@ def test_sequence_equals_steps(mixer):
   )
 
 
-@pytest.mark.parametrize('cut', [1, 3, 8])
+@pytest.mark.parametrize('cut', [1, pytest.param(3, marks=pytest.mark.slow), 8])
 def test_any_split_equals_the_whole(mixer, cut):
   module, variables, x = mixer
-  whole, last, _ = module.apply(variables, x)
-  first, middle, _ = module.apply(variables, x[:, :cut])
-  second, end, _ = module.apply(variables, x[:, cut:], state=middle)
+  whole, last, _ = _apply(module, variables, x)
+  first, middle, _ = _apply(module, variables, x[:, :cut])
+  second, end, _ = _apply(module, variables, x[:, cut:], state=middle)
   tolerances.assert_close(
     (jnp.concatenate([first, second], axis=1), end),
     (whole, last),
@@ -68,7 +75,7 @@ def test_any_split_equals_the_whole(mixer, cut):
 
 def test_no_gradient_from_later_tokens(mixer):
   module, variables, x = mixer
-  gradient = jax.grad(lambda x: module.apply(variables, x)[0][:, 5].sum())(x)
+  gradient = jax.grad(lambda x: _apply(module, variables, x)[0][:, 5].sum())(x)
   reached = np.abs(gradient).sum(axis=(0, 2)) > 0
   np.testing.assert_array_equal(reached, np.arange(_LENGTH) <= 5)
 
@@ -76,9 +83,9 @@ def test_no_gradient_from_later_tokens(mixer):
 def test_packed_documents_equal_each_alone(mixer):
   module, variables, x = mixer
   ids = jnp.broadcast_to(jnp.where(jnp.arange(_LENGTH) < 4, 1, 2), (_BATCH, _LENGTH))
-  packed, last, _ = module.apply(variables, x, segment_ids=ids)
-  first, _, _ = module.apply(variables, x[:, :4])
-  second, end, _ = module.apply(variables, x[:, 4:])
+  packed, last, _ = _apply(module, variables, x, segment_ids=ids)
+  first, _, _ = _apply(module, variables, x[:, :4])
+  second, end, _ = _apply(module, variables, x[:, 4:])
   tolerances.assert_close(
     (packed, last),
     (jnp.concatenate([first, second], axis=1), end),
@@ -86,7 +93,7 @@ def test_packed_documents_equal_each_alone(mixer):
   )
 
 
-@pytest.mark.parametrize('top_k', [1, 2])
+@pytest.mark.parametrize('top_k', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_dropless_equals_the_dense_oracle(rng, top_k):
   x = jax.random.normal(rng, (_BATCH, _LENGTH, _D_MODEL))
   sparse = _mixer(RoMConfig(kind='shared', num_experts=4, top_k=top_k))
@@ -95,7 +102,7 @@ def test_dropless_equals_the_dense_oracle(rng, top_k):
 
   def run(module):
     def loss(variables, x):
-      y, _, aux = module.apply(variables, x)
+      y, _, aux = _apply(module, variables, x)
       return jnp.sum(jnp.sin(y)) + aux.load_balancing_loss, y
 
     return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables, x)
@@ -119,15 +126,15 @@ def test_equal_experts_are_the_dense_mixer_times_the_router_weight(rng):
   y, _, _ = routed.apply({'params': params}, x)
   logits = x @ routed_params['router']['kernel'].unbox()
   weight = jax.nn.softmax(logits).max(axis=-1, keepdims=True)
-  expected = dense.apply(variables, x)[0] * weight
+  expected = _apply(dense, variables, x)[0] * weight
   tolerances.assert_close(y, expected, rtol=tolerances.FLOAT32_REORDERED)
 
 
 def test_one_sort_serves_all_projections(rng):
   x = jax.random.normal(rng, (_BATCH, _LENGTH, _D_MODEL))
   module = _mixer(_KINDS['rom'])
-  variables = module.init(rng, x)
-  jaxpr = str(jax.make_jaxpr(lambda x: module.apply(variables, x)[0])(x))
+  variables = jax.jit(module.init)(rng, x)
+  jaxpr = str(jax.make_jaxpr(lambda x: _apply(module, variables, x)[0])(x))
   assert jaxpr.count('sort[') == 1
 
 
@@ -135,7 +142,7 @@ def test_initial_values_are_mambas(rng):
   module = _mixer(_KINDS['dense'])
   config = module.mamba
   x = jnp.zeros((_BATCH, _LENGTH, _D_MODEL))
-  params = jax.tree.map(np.asarray, module.init(rng, x)['params'])
+  params = jax.tree.map(np.asarray, jax.jit(module.init)(rng, x)['params'])
   params = {name: box.unbox() for name, box in params.items()}
   np.testing.assert_allclose(params['A_log'], np.log([[1, 2, 3, 4]] * 16), rtol=1e-6)
   np.testing.assert_array_equal(params['D'], np.ones(16))
@@ -149,9 +156,9 @@ def test_initial_values_are_mambas(rng):
 def test_bfloat16_keeps_parameters_and_state_in_float32(rng):
   module = _mixer(_KINDS['rom'], dtype='bfloat16')
   x = jax.random.normal(rng, (_BATCH, _LENGTH, _D_MODEL)).astype(jnp.bfloat16)
-  variables = module.init(rng, x)
+  variables = jax.jit(module.init)(rng, x)
   chex.assert_tree_all_finite(variables)
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
-  y, state, _ = module.apply(variables, x)
+  y, state, _ = _apply(module, variables, x)
   assert y.dtype == jnp.bfloat16
   assert state.ssm_state.dtype == jnp.float32

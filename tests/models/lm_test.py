@@ -1,6 +1,7 @@
 """Properties that every architecture has."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -33,9 +34,10 @@ def model(request, rng):
   config = _MODELS[request.param]
   module = lm.LM(config)
   tokens = jax.random.randint(rng, (_BATCH, _LENGTH), 0, _VOCAB)
-  return module, nn.unbox(module.init(rng, tokens)), tokens
+  return module, nn.unbox(jax.jit(module.init)(rng, tokens)), tokens
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _logits(module, variables, tokens, **options):
   output = module.apply(variables, tokens, **options)
   return module.apply(variables, output.hidden, method='logits'), output
@@ -114,6 +116,7 @@ def _value_and_gradient(config, variables, tokens):
   return jax.jit(jax.value_and_grad(loss))(variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', [{'remat': 'period'}, {'scan_periods': False}])
 def test_rematerialised_and_unrolled_equal_the_scan(model, change):
   module, variables, tokens = model
@@ -125,6 +128,7 @@ def test_rematerialised_and_unrolled_equal_the_scan(model, change):
   )
 
 
+@pytest.mark.slow
 def test_remat_keeps_less_memory(rng):
   # One number proves that the option does something: the residuals kept for the backward pass.
   tokens = jnp.zeros((4, 256), jnp.int32)
@@ -172,7 +176,7 @@ def test_auxiliary_loss_is_the_mean_over_layers_times_the_coefficient():
 def test_bfloat16_runs_and_stays_near(rng, name):
   config = _MODELS[name]
   tokens = jax.random.randint(rng, (_BATCH, _LENGTH), 0, _VOCAB)
-  variables = nn.unbox(lm.LM(config).init(rng, tokens))
+  variables = nn.unbox(jax.jit(lm.LM(config).init)(rng, tokens))
   logits, _ = _logits(lm.LM(config), variables, tokens)
   half, output = _logits(lm.LM(dataclasses.replace(config, dtype='bfloat16')), variables, tokens)
   assert half.dtype == jnp.float32 and output.hidden.dtype == jnp.bfloat16
@@ -181,7 +185,7 @@ def test_bfloat16_runs_and_stays_near(rng, name):
 
 def test_moe_mamba_initial_values(rng):
   config = dataclasses.replace(_MODELS['moe_mamba'], initialization='moe_mamba', d_model=64)
-  params = nn.unbox(lm.LM(config).init(rng, jnp.zeros((1, 2), jnp.int32)))['params']
+  params = nn.unbox(jax.jit(lm.LM(config).init)(rng, jnp.zeros((1, 2), jnp.int32)))['params']
   # Deviation sqrt(0.1 / fan-in); W2 counts the experts into its fan-in. Of the embedding, whose
   # deviation of 0.316 is cut at 0.2, the bound is what shows.
   layer = params['periods']['layer_moe_1']

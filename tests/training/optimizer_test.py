@@ -19,7 +19,7 @@ def _params():
     norm=NormConfig(kind='layer'),
     mamba=MambaConfig(rom=RoMConfig(kind='shared', num_experts=2)),
   )
-  return lm.LM(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))['params']
+  return jax.jit(lm.LM(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))['params']
 
 
 def test_what_decays_is_named_by_parameter():

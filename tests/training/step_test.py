@@ -62,11 +62,14 @@ def _batch(seed=0):
 
 def _start(config):
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-  state = nn.unbox(step_lib.init_train_state(config, optimizer, jax.random.key(0)))
+  init = jax.jit(lambda key: nn.unbox(step_lib.init_train_state(config, optimizer, key)))
+  state = init(jax.random.key(0))
   return state, jax.jit(step_lib.make_train_step(config, optimizer))
 
 
-@pytest.mark.parametrize('name', list(_MODELS))
+@pytest.mark.parametrize(
+  'name', ['mamba', pytest.param('moe_mamba', marks=pytest.mark.slow), 'rom']
+)
 def test_the_loss_falls(name):
   state, train_step = _start(_config(name))
   losses = []
@@ -77,7 +80,7 @@ def test_the_loss_falls(name):
   assert state.step == 20
 
 
-@pytest.mark.parametrize('parts', [2, 4])
+@pytest.mark.parametrize('parts', [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', ['mamba', 'rom'])
 def test_accumulation_equals_the_large_batch(name, parts):
   # With the balance coefficient at zero: routing losses are counted in each part on its own.
@@ -105,6 +108,7 @@ def _has_moments(part):
   return hasattr(part, 'mu')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', list(_MODELS))
 def test_eight_devices_equal_one(name):
   config = _config(name)
@@ -131,6 +135,7 @@ def test_eight_devices_equal_one(name):
   tolerances.assert_close(spread, single, rtol=tolerances.FLOAT32_REORDERED)
 
 
+@pytest.mark.slow
 def test_carried_state_equals_one_long_window():
   # Two windows with the state carried give the losses of one window twice as long.
   config = dataclasses.replace(_config('rom'), data=DataConfig(carry_state=True))
@@ -198,4 +203,4 @@ def test_golden_step():
 
 
 GOLDEN_LOSS = 3.439033
-GOLDEN_PARAMS = 0.0
+GOLDEN_PARAMS = 2087.378

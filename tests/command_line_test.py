@@ -1,0 +1,195 @@
+"""A mistake on the command line or in a config file is one line that says where, and status 2."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# What the scripts do, without their work: no JAX, so each run takes a fraction of a second.
+SCRIPT = """
+import json
+from ml_collections import config_flags
+from ssm_moe import command_line, config, errors
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+
+class Failed(errors.UserError):
+  exit_status = 1
+
+def main():
+  values = config.to_dict(config.from_flag(_CONFIG.value))
+  if values['train']['seed'] == 7:
+    raise Failed('step 3: it\\nfailed')
+  if values['train']['seed'] == 8:
+    raise RuntimeError('a bug')
+  if values['train']['seed'] == 9:
+    raise OSError('the disk is full')
+  print(json.dumps(values))
+
+command_line.run(main)
+"""
+CONFIG = """
+from ssm_moe import config as config_lib
+
+def get_config({parameters}):
+  config = config_lib.defaults()
+  {statement}
+  return config
+"""
+
+
+class Runner:
+  def __init__(self, folder):
+    self.folder = folder
+    (folder / 'script.py').write_text(SCRIPT)
+    self.write()
+
+  def write(self, statement='pass', name='config.py', parameters=''):
+    (self.folder / name).write_text(CONFIG.format(statement=statement, parameters=parameters))
+
+  def __call__(self, *arguments, **environment):
+    return subprocess.run(
+      [sys.executable, 'script.py', *arguments],
+      cwd=self.folder,
+      env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'} | environment,
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+
+  def refusal(self, *arguments):
+    """Returns the one line that the script answers with, without its name."""
+    result = self(*arguments)
+    lines = result.stderr.splitlines()
+    assert (result.returncode, result.stdout, len(lines)) == (2, '', 1), result.stderr
+    name, _, message = lines[0].partition(': ')
+    assert name == 'script.py'
+    return message
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  return Runner(tmp_path_factory.mktemp('scripts'))
+
+
+def test_overrides_reach_the_config(run):
+  result = run(
+    '--config=config.py',
+    '--config.model.moe.top_k=4',
+    "--config.data.train=('a', 'b')",
+    '--noconfig.model.tie_embeddings',
+    '--config.train.eval_tokens=5',
+    '--config.optimizer.weight_decay',
+    '0',
+  )
+  assert result.returncode == 0, result.stderr
+  values = json.loads(result.stdout)
+  assert values['model']['moe']['top_k'] == 4
+  assert values['model']['tie_embeddings'] is False
+  assert values['data']['train'] == ['a', 'b']
+  assert values['train']['eval_tokens'] == 5
+  assert values['optimizer']['weight_decay'] == 0.0
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'parts'),
+  [
+    ([], ['--config is missing', 'experiments/configs/quickstart.py']),
+    (['--config=absent.py'], ['--config=absent.py: there is no such file']),
+    (['--config', 'absent.py'], ['--config=absent.py: there is no such file']),
+    (['--config=.'], ['--config=.: there is no such file']),
+    (['--config=config.py', '--config.model.d_modle=8'], ['config.model.d_modle', 'd_model']),
+    (['--config=config.py', '--config.model.d_modle', '8'], ['config.model.d_modle', 'd_model']),
+    (['--config=config.py', '--config.train.seed.x=1'], ['config.train.seed.x does not exist']),
+    (['--config=config.py', '--config.model.d_model=x'], ['config.model.d_model=x']),
+    (['--config=config.py', '--config.model.d_model=1.5'], ['config.model.d_model=1.5']),
+    (['--config=config.py', '--config.model.moe=3'], ['config.model.moe=3']),
+    (['--config=config.py', '--config.model.dtype=int8'], ['config.model.dtype', 'bfloat16']),
+    (
+      ['--config=config.py', '--config.model.moe.top_k=64'],
+      ['config.model.moe.top_k is 64', 'num_experts, 32'],
+    ),
+    (['--config=config.py', '--confg.seed=1'], ['confg.seed']),
+    (['--config=config.py', 'extra'], ["unexpected argument 'extra'"]),
+    (['--config=config.py:small'], ['--config=config.py', 'get_config() takes 0']),
+  ],
+  ids=lambda value: ' '.join(value) if value and value[0].startswith('--') else '',
+)
+def test_a_mistake_in_a_flag_is_one_line(run, arguments, parts):
+  message = run.refusal(*arguments)
+  for part in parts:
+    assert part in message, message
+
+
+@pytest.mark.parametrize(
+  ('statement', 'message'),
+  [
+    ('config.model.d_model = oops', "NameError: name 'oops' is not defined"),
+    ('1 / 0', 'ZeroDivisionError: division by zero'),
+    ('int("x")', "ValueError: invalid literal for int() with base 10: 'x'"),
+    ('{}["k"]', "KeyError: 'k'"),
+    ('import absent_module', "ModuleNotFoundError: No module named 'absent_module'"),
+    ('open("absent.txt")', 'FileNotFoundError'),
+    ('config.model.d_model = "x"', "TypeError: Could not override field 'd_model'"),
+    ('config_lib.ModelConfig(d_model=-1)', 'ConfigError: d_model is -1; it must be positive'),
+    ('return (', 'SyntaxError'),
+  ],
+)
+def test_a_config_file_that_raises_says_at_which_line(run, statement, message):
+  run.write(statement, 'raises.py')
+  found = run.refusal('--config=raises.py')
+  assert found.startswith(f'raises.py:6: {message}'), found
+
+
+def test_a_mistake_below_a_config_file_names_the_line_of_the_file(run):
+  run.write('json.loads("[")', 'raises.py', parameters='json=__import__("json")')
+  assert run.refusal('--config=raises.py', '--config.train.seed=1').startswith('raises.py:6: JSON')
+
+
+@pytest.mark.parametrize(
+  ('statement', 'parts'),
+  [
+    ('config.model.d_modle = 8', ['config.model.d_modle does not exist', 'd_model']),
+    ('config.train.update(num_step=8)', ['config.train.num_step does not exist', 'num_steps']),
+    ('config.model.moe.top_k = 64', ['config.model.moe.top_k is 64', 'num_experts, 32']),
+  ],
+)
+def test_a_config_file_with_a_wrong_key_or_value_names_it(run, statement, parts):
+  run.write(statement, 'wrong.py')
+  message = run.refusal('--config=wrong.py')
+  for part in parts:
+    assert part in message, message
+
+
+def test_a_file_that_is_no_config_is_named(run):
+  (run.folder / 'other.py').write_text('x = 1\n')
+  message = run.refusal('--config=other.py')
+  assert message.startswith('--config=other.py: ') and 'get_config' in message
+
+
+def test_a_parameter_of_the_config_file_follows_a_colon(run):
+  run.write('config.model.d_model = int(size)', 'sized.py', parameters='size')
+  assert json.loads(run('--config=sized.py:24').stdout)['model']['d_model'] == 24
+
+
+def test_an_error_has_its_own_exit_status_and_is_still_one_line(run):
+  result = run('--config=config.py', '--config.train.seed=7')
+  assert (result.returncode, result.stderr) == (1, 'script.py: step 3: it failed\n')
+
+
+@pytest.mark.parametrize(('seed', 'kind'), [(8, 'RuntimeError: a bug'), (9, 'OSError: the disk')])
+def test_what_is_no_mistake_of_the_user_keeps_its_traceback(run, seed, kind):
+  result = run('--config=config.py', f'--config.train.seed={seed}')
+  assert result.returncode == 1
+  assert 'Traceback' in result.stderr and kind in result.stderr
+
+
+def test_the_whole_traceback_can_be_had(run):
+  run.write('oops', 'raises.py')
+  result = run('--config=raises.py', SSM_MOE_TRACEBACK='1')
+  assert result.returncode == 1
+  assert 'Traceback' in result.stderr and 'in get_config' in result.stderr

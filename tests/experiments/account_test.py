@@ -1,0 +1,63 @@
+"""The script prints the account of a config, with its overrides, as one JSON object."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _run(*arguments):
+  return subprocess.run(
+    [sys.executable, 'experiments/account.py', *arguments],
+    cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+
+
+def test_prints_parameters_and_flops():
+  result = _run('--config=experiments/configs/rom_115m.py')
+  assert (result.returncode, result.stderr) == (0, '')
+  account = json.loads(result.stdout)
+  components = account.pop('components')
+  assert set(account) == {
+    'total_params',
+    'active_params',
+    'non_embedding_params',
+    'active_non_embedding_params',
+    'flops_per_token_forward',
+    'flops_per_token_train',
+  }
+  # The counts of the paper's smallest model.
+  assert account['total_params'] == 709_786_368
+  assert account['active_params'] == 115_243_776
+  for key, whole in (
+    ('total_params', 'total_params'),
+    ('active_params', 'active_params'),
+    ('flops_per_token', 'flops_per_token_forward'),
+  ):
+    assert sum(component[key] for component in components.values()) == account[whole]
+  assert account['flops_per_token_train'] == 3 * account['flops_per_token_forward']
+  embedding = 32_000 * 768  # tied
+  assert account['non_embedding_params'] == account['total_params'] - embedding
+  assert account['active_non_embedding_params'] == account['active_params'] - embedding
+
+
+def test_overrides_count():
+  dense = _run(
+    '--config=experiments/configs/rom_115m.py', '--config.model.mamba.rom.kind=none'
+  ).stdout
+  assert json.loads(dense)['total_params'] == 115_096_320
+
+
+def test_a_mistake_is_one_line():
+  result = _run('--config=experiments/configs/rom_115m.py', '--config.model.num_layers=3')
+  assert (result.returncode, result.stdout) == (2, '')
+  (line,) = result.stderr.splitlines()
+  assert line.startswith('account.py: config.model.num_layers does not exist')
+  assert 'num_periods' in line

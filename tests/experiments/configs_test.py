@@ -1,0 +1,92 @@
+"""Every config file builds a training state and a step, and says how it is run."""
+
+import pathlib
+import re
+import runpy
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from ssm_moe import sharding
+from ssm_moe.config import from_config_dict
+from ssm_moe.models import accounting
+from ssm_moe.training import step as step_lib
+from ssm_moe.training.optimizer import make_optimizer
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = sorted((ROOT / 'experiments' / 'configs').glob('*.py'))
+
+# The models of a file that has several.
+PARAMETERS = {'quickstart': ('rom', 'mamba', 'moe_mamba')}
+CONFIGS = [
+  (path, parameters)
+  for path in FILES
+  for parameters in [(name,) for name in PARAMETERS.get(path.stem, ())] or [()]
+]
+
+
+def _load(path, parameters):
+  return from_config_dict(runpy.run_path(str(path))['get_config'](*parameters))
+
+
+def test_there_are_the_configs_of_the_papers():
+  names = {path.stem for path in FILES}
+  assert names >= {'quickstart', 'mamba_26m', 'moe_mamba_26m', 'mamba_115m', 'rom_115m'}
+
+
+@pytest.mark.parametrize(
+  ('path', 'parameters'), CONFIGS, ids=[':'.join([p.stem, *names]) for p, names in CONFIGS]
+)
+def test_builds_a_state_and_a_step(path, parameters):
+  config = _load(path, parameters)
+  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+  shape = (config.train.batch_size, config.train.sequence_length)
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, dtype)
+    for name, dtype in (
+      ('inputs', jnp.int32),
+      ('targets', jnp.int32),
+      ('segment_ids', jnp.int32),
+      ('loss_mask', jnp.float32),
+    )
+  } | {'continues': jax.ShapeDtypeStruct(shape[:1], jnp.bool_)}
+  with jax.numpy_dtype_promotion('standard'):  # optax multiplies float32 by int32 counts
+    boxed = jax.eval_shape(
+      lambda key: step_lib.init_train_state(config, optimizer, key), jax.random.key(0)
+    )
+    state = nn.unbox(boxed)
+    after, metrics = jax.eval_shape(step_lib.make_train_step(config, optimizer), state, batch)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), state
+  )
+  assert (metrics.loss.shape, metrics.loss.dtype) == ((), jnp.float32)
+  assert bool(metrics.aux) == ('E' in config.model.layers or config.model.mamba.rom.kind != 'none')
+  # Parameters and moments are stored in float32, whatever the computation is done in.
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {'float32', 'int32'}
+  mesh = sharding.make_mesh(config.mesh)
+  layouts = step_lib.state_shardings(mesh, boxed)
+  assert jax.tree.structure(layouts) == jax.tree.structure(state)
+  assert config.train.batch_size // config.train.accumulation_steps % 8 == 0  # eight devices
+
+
+def test_the_models_of_the_quickstart_have_the_same_active_size():
+  path = ROOT / 'experiments' / 'configs' / 'quickstart.py'
+  sizes = [
+    accounting.account(_load(path, (name,)).model)['active_params']
+    for name in PARAMETERS['quickstart']
+  ]
+  assert max(sizes) < 1.02 * min(sizes), sizes
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_its_docstring_is_a_lab_note(path):
+  text = path.read_text()
+  note = text.split('"""')[1]
+  if path.stem != 'quickstart':  # whose figures are in the README
+    assert re.search(r'^Result: \S', note, re.MULTILINE), 'the figures, or "not yet run"'
+  named = set(re.findall(r'experiments/\S+\.py', note))
+  assert f'experiments/configs/{path.name}' in named and 'experiments/train.py' in named
+  assert all((ROOT / name).exists() for name in named)
+  assert len(text.splitlines()) <= 60

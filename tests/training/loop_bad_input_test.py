@@ -1,0 +1,97 @@
+"""What a run refuses, it refuses with one line, and without a touch of its folder."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from ssm_moe.config import (
+  MeshConfig,
+  MoEConfig,
+)
+from ssm_moe.errors import UserError
+from tests.training import small_run
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  return small_run.write_text(tmp_path_factory.mktemp('text'))
+
+
+@pytest.fixture(scope='module')
+def finished(text, tmp_path_factory):
+  """A run on eight devices, and what is in its folder."""
+  config = small_run.make_config(text, 'rom')
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  small_run.run(config, workdir)
+  return config, workdir, small_run.snapshot(workdir)
+
+
+def _refuse(finished, config, match):
+  _, workdir, before = finished
+  with pytest.raises(UserError, match=match) as error:
+    small_run.run(config, workdir)
+  assert '\n' not in str(error.value) and error.value.exit_status == 2
+  assert small_run.snapshot(workdir) == before
+
+
+@pytest.mark.parametrize(
+  ('group', 'change', 'match'),
+  [
+    ('train', {'batch_size': 12}, 'batch_size is 12 .* 8 devices'),
+    ('train', {'accumulation_steps': 2}, 'batch_size is 8 in 2 parts; .* 8 devices'),
+    ('mesh', MeshConfig(expert=3), 'expert 3 .* 8 devices'),
+    ('mesh', MeshConfig(data=16), 'data 16 .* 8 devices'),
+    ('model', {'vocab_size': 100}, r'vocab_size is 100; .* at least 257'),
+    ('model', {'d_model': 16}, r'another architecture: model.d_model is 8 .* 16 now'),
+    ('model', {'pattern': 'M E'}, "another architecture: model.pattern is 'M' .* 'M E' now"),
+    (
+      'model',
+      {'pattern': 'M E', 'moe': MoEConfig(router_groups=3)},
+      'router_groups is 3; it must divide the 128 tokens',
+    ),
+    ('data', {'train': ('absent.txt',)}, 'absent.txt: no such file'),
+    ('data', {'carry_state': False}, 'model_state'),
+    ('data', {'valid': ('selective_copying',)}, 'sequence_length of at least 32; it is 16'),
+    ('data', {'tokenizer': 'absent.json'}, 'absent.json'),
+  ],
+)
+def test_config(finished, group, change, match):
+  config = finished[0]
+  if isinstance(change, dict):
+    change = dataclasses.replace(getattr(config, group), **change)
+  changed = dataclasses.replace(config, **{group: change})
+  _refuse(finished, changed, match)
+
+
+@pytest.mark.parametrize(
+  ('data', 'match'),
+  [
+    (b'', 'the file is empty'),
+    (b'text \xff\xfe text', r'not UTF-8 \(byte 5'),
+    (b'few', 'has 4 tokens'),
+  ],
+)
+def test_data(finished, tmp_path, data, match):
+  config = finished[0]
+  path = tmp_path / 'bad.txt'
+  path.write_bytes(data)
+  changed = dataclasses.replace(config.data, train=(str(path),), cache_dir=str(tmp_path / 'c'))
+  _refuse(finished, dataclasses.replace(config, data=changed), f'bad.txt.*{match}')
+
+
+def test_every_checkpoint_damaged(finished, tmp_path):
+  config, workdir, _ = finished
+  shutil.copytree(workdir, tmp_path / 'run')
+  for manifest in (tmp_path / 'run' / 'checkpoints').glob('*/MANIFEST.json'):
+    manifest.write_bytes(b'?')
+  damaged = (config, tmp_path / 'run', small_run.snapshot(tmp_path / 'run'))
+  _refuse(damaged, config, 'no checkpoint is good .* move the folder away')
+
+
+def test_a_workdir_that_is_a_file(text, tmp_path):
+  path = tmp_path / 'file'
+  path.write_text('mine')
+  with pytest.raises(UserError, match='the workdir is a file'):
+    small_run.run(small_run.make_config(text), path)
+  assert path.read_text() == 'mine'

@@ -5,6 +5,7 @@ a flag that does not parse, a config key that does not exist and whatever a conf
 one line on standard error and exit status 2; for a config file it says which line of it.
 """
 
+import logging as python_logging
 import os
 import sys
 import traceback
@@ -47,6 +48,8 @@ def run(main: Callable[[], Any]) -> None:
         raise
       _refuse(mistake)
 
+  # On a machine without a TPU, jax tells every user so, at level INFO.
+  python_logging.getLogger('jax._src.xla_bridge').setLevel(python_logging.WARNING)
   app.run(guarded, flags_parser=parse)
 
 

@@ -190,7 +190,7 @@ def test_the_quickstart_trains(tmp_path):
     assert part in errors, part
 
 
-def test_a_mistake_has_status_2_and_a_failure_status_1(folder):
+def test_a_mistake_has_status_2_and_touches_nothing(folder):
   before = small_run.snapshot(folder)
   status, output, errors = _finish(
     _start(folder, '--config=small.py', "--config.data.valid=('x',)")
@@ -200,6 +200,9 @@ def test_a_mistake_has_status_2_and_a_failure_status_1(folder):
   assert line.startswith('train.py: config.data.valid: x: no such file')
   assert small_run.snapshot(folder) == before
 
+
+@pytest.mark.slow
+def test_a_failure_has_status_1(folder):
   absurd = '--config.optimizer.peak_learning_rate=1e30'
   status, output, errors = _finish(_start(folder, '--config=small.py', '--workdir=failed', absurd))
   assert (status, output) == (1, '')

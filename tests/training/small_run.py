@@ -1,6 +1,7 @@
 """Runs that are small enough for tests, and what is left of them on disk."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 
@@ -62,9 +63,16 @@ def make_config(text, kind='mamba', **train):
 
 
 Program = loop.Program
-# Runs of one config share what they compile, which is nearly all of their time; the tests of the
-# script have a process each.
-_shared_program = functools.cache(Program)
+_cached_program = functools.cache(Program)
+
+
+def _shared_program(config, mesh):
+  """Runs share what they compile, which is nearly all of their time, whatever their text is.
+
+  The tests of the script have a process each.
+  """
+  data = DataConfig(carry_state=config.data.carry_state)
+  return _cached_program(dataclasses.replace(config, data=data, sample=SampleConfig()), mesh)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,17 @@ _HF = ['pyarrow', 'tokenizers']
 # tensorflow-datasets reads array_record files without TensorFlow, but needs importlib_resources,
 # which it does not declare.
 _TFDS = ['array_record', 'importlib_resources', 'tensorflow-datasets']
-_TEST = ['beartype', 'chex', 'hypothesis', 'pytest', 'pytest-xdist', 'ruff', 'wheel']
+# setuptools: Python 3.12 and later come without it, and a wheel is built in place.
+_TEST = [
+  'beartype',
+  'chex',
+  'hypothesis',
+  'pytest',
+  'pytest-xdist',
+  'ruff',
+  'setuptools',
+  'wheel',
+]
 
 setuptools.setup(
   name='ssm_moe',

@@ -6,7 +6,6 @@ with a run that was stopped, and evaluates a finished one again.
 """
 
 import json
-import pathlib
 
 from absl import flags
 from ml_collections import config_flags
@@ -22,8 +21,7 @@ _WORKDIR = flags.DEFINE_string(
 
 def main():
   experiment = config.from_flag(_CONFIG.value)
-  file, _, variant = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
-  name = '_'.join(part for part in (pathlib.Path(file).stem, variant) if part)
+  name = command_line.run_name(config_flags.get_config_filename(flags.FLAGS['config']))
   summary = loop.train_and_evaluate(experiment, _WORKDIR.value or f'runs/{name}')
   if summary is not None:
     print(json.dumps(summary))

@@ -7,6 +7,8 @@ one line on standard error and exit status 2; for a config file it says which li
 
 import logging as python_logging
 import os
+import pathlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -39,6 +41,12 @@ def run(main: Callable[[], Any]) -> None:
     del argv
     try:
       main()
+      sys.stdout.flush()
+    except BrokenPipeError:
+      # Whoever read the output, such as `head`, has seen enough. Python's own flush at exit would
+      # fail once more.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
       _refuse(error)
     except OSError as error:
@@ -51,6 +59,12 @@ def run(main: Callable[[], Any]) -> None:
   # On a machine without a TPU, jax tells every user so, at level INFO.
   python_logging.getLogger('jax._src.xla_bridge').setLevel(python_logging.WARNING)
   app.run(guarded, flags_parser=parse)
+
+
+def run_name(config_flag: str) -> str:
+  """Returns what a run is called after: the name of the config's file, and its row if it has."""
+  file, _, row = config_flag.partition(':')
+  return '_'.join(part for part in (pathlib.Path(file).stem, row) if part)
 
 
 def _config_files(arguments: list[str]) -> Iterator[str]:

@@ -372,7 +372,10 @@ def from_flag(values: config_dict.ConfigDict | None) -> ExperimentConfig:
     ConfigError: no file was given, or as `from_config_dict`.
   """
   if values is None:
-    raise ConfigError('--config is missing; give a file, such as experiments/configs/quickstart.py')
+    raise ConfigError(
+      '--config is missing, or its get_config returns nothing; give a file, such as '
+      'experiments/configs/quickstart.py'
+    )
   return from_config_dict(values)
 
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from ssm_moe import command_line
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 # What the scripts do, without their work: no JAX, so each run takes a fraction of a second.
@@ -193,3 +195,8 @@ def test_the_whole_traceback_can_be_had(run):
   result = run('--config=raises.py', SSM_MOE_TRACEBACK='1')
   assert result.returncode == 1
   assert 'Traceback' in result.stderr and 'in get_config' in result.stderr
+
+
+def test_a_run_is_called_after_its_config_and_row():
+  assert command_line.run_name('experiments/configs/quickstart.py') == 'quickstart'
+  assert command_line.run_name('configs/moe_mamba/table4.py:experts_8') == 'table4_experts_8'

@@ -8,18 +8,20 @@ Mamba and the MoE-Mamba of the same active size.
 
 from ssm_moe import config as config_lib
 
+ROWS = ('rom', 'mamba', 'moe_mamba')
 
-def get_config(architecture: str = 'rom'):
+
+def get_config(row: str = 'rom'):
   config = config_lib.defaults()
   config.model.update(d_model=128, pattern='M', num_periods=4)
-  if architecture == 'rom':
+  if row == 'rom':
     config.model.mamba.rom.update(kind='shared', num_experts=8, top_k=1)
-  elif architecture == 'moe_mamba':
+  elif row == 'moe_mamba':
     # Two Mamba layers give way to experts, wide enough that as many parameters are active.
     config.model.update(pattern='M E', num_periods=2)
     config.model.moe.update(num_experts=8, top_k=1, d_ff=464, dispatch='dropless')
-  elif architecture != 'mamba':
-    raise ValueError(f'quickstart.py:{architecture}: it must be rom, mamba or moe_mamba')
+  elif row != 'mamba':
+    raise ValueError(f'quickstart.py:{row}: it must be one of {", ".join(ROWS)}')
   config.optimizer.update(peak_learning_rate=4e-3, warmup_fraction=0.05)
   config.train.update(
     num_steps=350, batch_size=8, sequence_length=256, eval_every=175, checkpoint_every=175

@@ -74,17 +74,19 @@ def open_sources(
   cache = pathlib.Path(config.cache_dir or cache_dir)
   is_text = [name not in synthetic.NAMES for name in names]
   tokenizer = load_tokenizer(config.tokenizer) if any(is_text) else None
-  sources = tuple(
+  # Looked at before a corpus is tokenised, which may take hours. A folder of tokens that another
+  # tokenizer made is refused, so the tokenizer's size is every text source's.
+  for name, text_source in zip(names, is_text):
+    needed = (tokenizer if text_source else SyntheticTask(name)).vocab_size
+    if needed > vocab_size:
+      raise DataError(
+        f'config.model.vocab_size is {vocab_size}; {name} has token ids up to {needed - 1}, so it '
+        f'must be at least {needed}'
+      )
+  return tuple(
     _open_text(name, split, config, tokenizer, cache) if text_source else SyntheticTask(name)
     for name, text_source in zip(names, is_text)
   )
-  for name, source in zip(names, sources):
-    if source.vocab_size > vocab_size:
-      raise DataError(
-        f'config.model.vocab_size is {vocab_size}; {name} has token ids up to '
-        f'{source.vocab_size - 1}, so it must be at least {source.vocab_size}'
-      )
-  return sources
 
 
 def _open_text(

@@ -21,6 +21,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from ssm_moe.config import ModelConfig, to_dict
+from ssm_moe.config import ExperimentConfig, to_dict
 from ssm_moe.errors import UserError
 from ssm_moe.shapes import PyTree
 from ssm_moe.training import manifest as manifest_lib
@@ -50,12 +51,14 @@ class Restored(NamedTuple):
     step: Training steps done.
     metadata: As given to `save`, after a round trip through JSON.
     skipped: One line for each newer checkpoint that was damaged.
+    changes: One line for each field of the config that has changed since.
   """
 
   state: PyTree
   step: int
   metadata: dict[str, Any]
   skipped: list[str]
+  changes: list[str]
 
 
 class Checkpointer:
@@ -183,7 +186,7 @@ class Checkpointer:
         manifest = manifest_lib.read(folder)
         if manifest['step'] != steps[-1]:
           raise manifest_lib.DamagedError(f'holds step {manifest["step"]}')
-        self._check_config(folder, manifest)
+        changes = self._check_config(folder, manifest)
         manifest_lib.check_files(folder, manifest, checksums=True)
       except manifest_lib.DamagedError as reason:
         skipped[steps[-1]] = f'{folder.name}: {reason}'
@@ -198,6 +201,7 @@ class Checkpointer:
         manifest['step'],
         manifest['metadata'],
         list(skipped.values()),
+        changes,
       )
     if skipped:
       raise UserError(
@@ -257,19 +261,20 @@ class Checkpointer:
       _set_aside(self._folder(step))
     self._damaged = set()
 
-  def _check_config(self, folder: pathlib.Path, manifest: dict) -> None:
+  def _check_config(self, folder: pathlib.Path, manifest: dict) -> list[str]:
+    """Returns what differs from the config that saved; raises if it is the architecture."""
     # A field younger than the checkpoint has the default that stands for what was done before.
-    defaults = to_dict(ModelConfig())
-    difference = _first_difference(
-      _merged(defaults, manifest['config'].get('model', {})),
-      _merged(defaults, self._config.get('model', {})),
-      'model',
-    )
-    if difference:
-      raise UserError(
-        f'{folder}: belongs to another architecture: {difference}; '
-        'give another workdir, or the config of this one'
-      )
+    defaults = to_dict(ExperimentConfig())
+    there, here = (_merged(defaults, config) for config in (manifest['config'], self._config))
+    changes = list(_differences(there, here, ''))
+    for change in changes:
+      name = change.partition(' ')[0]
+      if name.startswith('model.') and name.rpartition('.')[2] not in _EXECUTION_FIELDS:
+        raise UserError(
+          f'{folder}: belongs to another architecture: {change}; '
+          'give another workdir, or the config of this one'
+        )
+    return changes
 
 
 def _is_not_orbax_chatter(record: python_logging.LogRecord) -> bool:
@@ -336,19 +341,17 @@ def _merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
   return result
 
 
-def _first_difference(there: Any, here: Any, path: str) -> str | None:
+def _differences(there: Any, here: Any, path: str) -> Iterator[str]:
+  """Yields one line for each field of two configs that differs."""
   if isinstance(there, dict) and isinstance(here, dict):
-    keys = [key for key in there | here if key not in _EXECUTION_FIELDS]
-    found = (
-      _first_difference(there.get(key, _ABSENT), here.get(key, _ABSENT), f'{path}.{key}')
-      for key in keys
-    )
-    return next((difference for difference in found if difference), None)
+    for key in there | here:
+      below = f'{path}.{key}' if path else key
+      yield from _differences(there.get(key, _ABSENT), here.get(key, _ABSENT), below)
+    return
   there, here = (list(value) if isinstance(value, tuple) else value for value in (there, here))
-  if there == here:
-    return None
-  there, here = ('absent' if value is _ABSENT else repr(value) for value in (there, here))
-  return f'{path} is {there} in the checkpoint and {here} now'
+  if there != here:
+    there, here = ('absent' if value is _ABSENT else repr(value) for value in (there, here))
+    yield f'{path} is {there} in the checkpoint and {here} now'
 
 
 def _set_aside(folder: pathlib.Path) -> None:

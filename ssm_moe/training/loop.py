@@ -4,7 +4,6 @@ Everything a run does to its folder is here; what a step computes is in `step`.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -13,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 from ssm_moe import sharding
 from ssm_moe.config import ConfigError, ExperimentConfig, to_dict
@@ -25,7 +23,8 @@ from ssm_moe.training import report
 from ssm_moe.training import step as step_lib
 from ssm_moe.training.checkpoint import Checkpointer
 from ssm_moe.training.metrics import MetricsLogger, read_metrics
-from ssm_moe.training.optimizer import make_optimizer, make_schedule
+from ssm_moe.training.optimizer import make_schedule
+from ssm_moe.training.program import Program
 from ssm_moe.training.signals import StopSignals
 
 _LAST_GOOD = 'the last good checkpoint is kept, try a lower learning rate'
@@ -94,12 +93,14 @@ def train_and_evaluate(config: ExperimentConfig, workdir: str | pathlib.Path) ->
       workdir / 'checkpoints', config=to_dict(config), keep_last=config.train.keep_checkpoints
     ) as checkpointer,
   ):
-    state, progress = _restore_or_init(program, checkpointer)
+    state, progress, changes = _restore_or_init(program, checkpointer)
     _write_config(config, workdir)
     with MetricsLogger(
       workdir, first_step=progress.step, total_steps=config.train.num_steps
     ) as metrics:
       metrics.say(report.banner(config, mesh, workdir, train_data, eval_data, progress.step))
+      for change in changes:
+        metrics.say(f'changed  {change}')
       run = _Run(config, workdir, program, train_data, eval_data, checkpointer, metrics, stop)
       state, evaluation = run.train(state, progress)
       summary = None if stop.requested else run.finish(state, progress, evaluation)
@@ -110,49 +111,6 @@ def train_and_evaluate(config: ExperimentConfig, workdir: str | pathlib.Path) ->
           'the same command goes on from there'
         )
       return summary
-
-
-class Program:
-  """The compiled functions of a run and the layouts of their arrays."""
-
-  def __init__(self, config: ExperimentConfig, mesh: jax.sharding.Mesh):
-    self._optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    self._init = functools.partial(step_lib.init_train_state, config, self._optimizer)
-    self._seed = config.train.seed
-    boxed = jax.eval_shape(self._init, jax.random.key(0))
-    self.state_shardings = step_lib.state_shardings(mesh, boxed)
-    self.template = jax.tree.map(
-      lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-      nn.unbox(boxed),
-      self.state_shardings,
-    )
-    self._batch_sharding = sharding.batch_sharding(mesh)
-    whole = sharding.replicated(mesh)
-    self._train_step = jax.jit(
-      step_lib.make_train_step(config, self._optimizer),
-      donate_argnums=0,
-      in_shardings=(self.state_shardings, self._batch_sharding),
-      out_shardings=(self.state_shardings, whole),
-    )
-    self.eval_step = jax.jit(
-      step_lib.make_eval_step(config),
-      in_shardings=(self.state_shardings.params, self._batch_sharding),
-      out_shardings=whole,
-    )
-
-  def init_state(self) -> step_lib.TrainState:
-    """Returns the state before the first step, the same on every mesh."""
-    init = jax.jit(lambda key: nn.unbox(self._init(key)), out_shardings=self.state_shardings)
-    return init(jax.random.key(self._seed))
-
-  def put(self, batch: dict[str, np.ndarray]) -> step_lib.Batch:
-    """Moves this process' rows of a batch to its devices."""
-    put = functools.partial(jax.make_array_from_process_local_data, self._batch_sharding)
-    return jax.tree.map(put, batch)
-
-  def compile_train_step(self, state: step_lib.TrainState, batch: step_lib.Batch):
-    """Compiles ahead of the first step, so that no step's time has it in."""
-    return self._train_step.lower(state, batch).compile()
 
 
 class _Run:
@@ -410,12 +368,14 @@ def _check_batch(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
 
 def _restore_or_init(
   program: Program, checkpointer: Checkpointer
-) -> tuple[step_lib.TrainState, Progress]:
+) -> tuple[step_lib.TrainState, Progress, list[str]]:
+  """Returns the state and progress to go on from, and what has changed in the config since."""
   restored = checkpointer.restore(program.template)
   if restored is None:
-    return program.init_state(), Progress()
+    return program.init_state(), Progress(), []
   known = {field.name for field in dataclasses.fields(Progress)}
-  return restored.state, Progress(**{k: v for k, v in restored.metadata.items() if k in known})
+  progress = Progress(**{k: v for k, v in restored.metadata.items() if k in known})
+  return restored.state, progress, restored.changes
 
 
 def _write_config(config: ExperimentConfig, workdir: pathlib.Path) -> None:

@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused_in_one_line(text, tmp_path, tokenizer_json
     assert '\n' not in str(caught.value)
   with pytest.raises(DataError, match=r'config\.data\.valid is empty'):
     open_sources(DataConfig(valid=()), 'valid', vocab_size=300, cache_dir=cache)
-  assert not list(cache.glob('.*')), 'a failed source left files'
+  assert not list(cache.glob('*')), 'text was tokenised, or files left, for nothing'
 
 
 def test_a_damaged_cache_says_what_to_remove(text, tmp_path):

@@ -61,3 +61,13 @@ def test_a_mistake_is_one_line():
   (line,) = result.stderr.splitlines()
   assert line.startswith('account.py: config.model.num_layers does not exist')
   assert 'num_periods' in line
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+  command = f'{sys.executable} experiments/account.py --config=experiments/configs/quickstart.py'
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  # `true` reads nothing and is gone long before the script writes.
+  result = subprocess.run(
+    f'{command} | true', shell=True, cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert (result.returncode, result.stderr) == (0, '')

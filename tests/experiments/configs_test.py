@@ -10,37 +10,23 @@ import pytest
 from flax import linen as nn
 
 from ssm_moe import sharding
-from ssm_moe.config import from_config_dict
 from ssm_moe.models import accounting
 from ssm_moe.training import step as step_lib
 from ssm_moe.training.optimizer import make_optimizer
+from tests import config_files
 
 ROOT = pathlib.Path(__file__).parents[2]
-FILES = sorted((ROOT / 'experiments' / 'configs').glob('*.py'))
-
-# The models of a file that has several.
-PARAMETERS = {'quickstart': ('rom', 'mamba', 'moe_mamba')}
-CONFIGS = [
-  (path, parameters)
-  for path in FILES
-  for parameters in [(name,) for name in PARAMETERS.get(path.stem, ())] or [()]
-]
-
-
-def _load(path, parameters):
-  return from_config_dict(runpy.run_path(str(path))['get_config'](*parameters))
+FILES_WITH_ROWS = [path for path in config_files.FILES if 'ROWS' in runpy.run_path(str(path))]
 
 
 def test_there_are_the_configs_of_the_papers():
-  names = {path.stem for path in FILES}
-  assert names >= {'quickstart', 'mamba_26m', 'moe_mamba_26m', 'mamba_115m', 'rom_115m'}
+  expected = {'mamba_26m', 'moe_mamba_26m', 'mamba_115m', 'rom_115m'}
+  assert expected | {'quickstart:rom', 'quickstart:mamba'} <= set(config_files.NAMES)
 
 
-@pytest.mark.parametrize(
-  ('path', 'parameters'), CONFIGS, ids=[':'.join([p.stem, *names]) for p, names in CONFIGS]
-)
-def test_builds_a_state_and_a_step(path, parameters):
-  config = _load(path, parameters)
+@pytest.mark.parametrize('name', config_files.NAMES)
+def test_builds_a_state_and_a_step(name):
+  config = config_files.load(name)
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
   shape = (config.train.batch_size, config.train.sequence_length)
   batch = {
@@ -72,21 +58,31 @@ def test_builds_a_state_and_a_step(path, parameters):
 
 
 def test_the_models_of_the_quickstart_have_the_same_active_size():
-  path = ROOT / 'experiments' / 'configs' / 'quickstart.py'
   sizes = [
-    accounting.account(_load(path, (name,)).model)['active_params']
-    for name in PARAMETERS['quickstart']
+    accounting.account(config_files.load(name).model)['active_params']
+    for name in config_files.NAMES
+    if name.startswith('quickstart:')
   ]
-  assert max(sizes) < 1.02 * min(sizes), sizes
+  assert len(sizes) == 3 and max(sizes) < 1.02 * min(sizes), sizes
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', FILES_WITH_ROWS, ids=config_files.name_of)
+def test_a_row_that_there_is_not_is_an_error_that_names_the_rows(path):
+  names = runpy.run_path(str(path))
+  with pytest.raises(ValueError, match=', '.join(names['ROWS'])):
+    names['get_config']('no_such_row')
+
+
+@pytest.mark.parametrize('path', config_files.FILES, ids=config_files.name_of)
 def test_its_docstring_is_a_lab_note(path):
   text = path.read_text()
   note = text.split('"""')[1]
   if path.stem != 'quickstart':  # whose figures are in the README
     assert re.search(r'^Result: \S', note, re.MULTILINE), 'the figures, or "not yet run"'
   named = set(re.findall(r'experiments/\S+\.py', note))
-  assert f'experiments/configs/{path.name}' in named and 'experiments/train.py' in named
+  assert (
+    f'experiments/configs/{config_files.name_of(path)}.py' in named
+    and 'experiments/train.py' in named
+  )
   assert all((ROOT / name).exists() for name in named)
   assert len(text.splitlines()) <= 60

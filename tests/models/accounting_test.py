@@ -1,8 +1,6 @@
 """The closed form against the papers' counts, the real tree, and counted matmuls."""
 
 import dataclasses
-import pathlib
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +8,9 @@ import pytest
 from flax import linen as nn
 from jax.extend import core as jex_core
 
-from ssm_moe.config import (
-  ExperimentConfig,
-  MambaConfig,
-  ModelConfig,
-  MoEConfig,
-  RoMConfig,
-  from_config_dict,
-)
+from ssm_moe.config import MambaConfig, ModelConfig, MoEConfig, RoMConfig
 from ssm_moe.models import accounting, lm
-
-_CONFIGS = sorted(pathlib.Path('experiments/configs').glob('*.py'))
-
-
-def _load(path) -> ExperimentConfig:
-  return from_config_dict(runpy.run_path(str(path))['get_config']())
+from tests import config_files
 
 
 def _shapes(config: ModelConfig):
@@ -37,7 +23,7 @@ def _size(tree):
 
 
 def _moe_mamba(num_experts):
-  config = _load(pathlib.Path('experiments/configs/moe_mamba_26m.py')).model
+  config = config_files.load('moe_mamba_26m').model
   return dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=num_experts))
 
 
@@ -49,21 +35,17 @@ def test_moe_mamba_counts_of_the_paper():
 
 
 def test_mamba_and_rom_counts_of_the_ladder():
-  dense = accounting.account(_load(pathlib.Path('experiments/configs/mamba_115m.py')).model)
+  dense = accounting.account(config_files.load('mamba_115m').model)
   assert dense['total_params'] == dense['active_params'] == 115_096_320
-  routed = accounting.account(_load(pathlib.Path('experiments/configs/rom_115m.py')).model)
+  routed = accounting.account(config_files.load('rom_115m').model)
   assert routed['total_params'] == 709_786_368
   assert routed['active_params'] == 115_243_776
 
 
-@pytest.mark.parametrize('path', _CONFIGS, ids=lambda path: path.stem)
-def test_equals_the_tree_of_every_config(path):
-  config = _load(path).model
+@pytest.mark.parametrize('name', config_files.NAMES)
+def test_equals_the_tree_of_every_config(name):
+  config = config_files.load(name).model
   assert accounting.account(config)['total_params'] == _size(_shapes(config))
-
-
-def test_config_files_are_found():
-  assert len(_CONFIGS) >= 5
 
 
 def _matmul_flops(jaxpr):

@@ -360,11 +360,13 @@ class TestFinished:
       assert output == ''
 
   @_mamba
-  def test_goes_on_with_more_steps(self, copy, whole):
+  def test_goes_on_with_more_steps_and_says_what_changed(self, copy, capfd):
     config, workdir = copy
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=9))
     before = small_run.rows(workdir)
     assert small_run.run(longer, workdir)['final_step'] == 9
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith('changed')]
+    assert said == ['changed  train.num_steps is 7 in the checkpoint and 9 now']
     rows = small_run.rows(workdir)
     assert rows[: len(before)] == before
     assert [(row['step'], 'valid_loss' in row) for row in rows[len(before) :]] == [

@@ -1,0 +1,55 @@
+"""The compiled functions of a run: what is built once from a config and a mesh."""
+
+import functools
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from ssm_moe import sharding
+from ssm_moe.config import ExperimentConfig
+from ssm_moe.training import step as step_lib
+from ssm_moe.training.optimizer import make_optimizer
+
+
+class Program:
+  """The compiled functions of a run and the layouts of their arrays."""
+
+  def __init__(self, config: ExperimentConfig, mesh: jax.sharding.Mesh):
+    self._optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    self._init = functools.partial(step_lib.init_train_state, config, self._optimizer)
+    self._seed = config.train.seed
+    boxed = jax.eval_shape(self._init, jax.random.key(0))
+    self.state_shardings = step_lib.state_shardings(mesh, boxed)
+    self.template = jax.tree.map(
+      lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+      nn.unbox(boxed),
+      self.state_shardings,
+    )
+    self._batch_sharding = sharding.batch_sharding(mesh)
+    whole = sharding.replicated(mesh)
+    self._train_step = jax.jit(
+      step_lib.make_train_step(config, self._optimizer),
+      donate_argnums=0,
+      in_shardings=(self.state_shardings, self._batch_sharding),
+      out_shardings=(self.state_shardings, whole),
+    )
+    self.eval_step = jax.jit(
+      step_lib.make_eval_step(config),
+      in_shardings=(self.state_shardings.params, self._batch_sharding),
+      out_shardings=whole,
+    )
+
+  def init_state(self) -> step_lib.TrainState:
+    """Returns the state before the first step, the same on every mesh."""
+    init = jax.jit(lambda key: nn.unbox(self._init(key)), out_shardings=self.state_shardings)
+    return init(jax.random.key(self._seed))
+
+  def put(self, batch: dict[str, np.ndarray]) -> step_lib.Batch:
+    """Moves this process' rows of a batch to its devices."""
+    put = functools.partial(jax.make_array_from_process_local_data, self._batch_sharding)
+    return jax.tree.map(put, batch)
+
+  def compile_train_step(self, state: step_lib.TrainState, batch: step_lib.Batch):
+    """Compiles ahead of the first step, so that no step's time has it in."""
+    return self._train_step.lower(state, batch).compile()

@@ -15,7 +15,8 @@ _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 
 def main():
   experiment = config.from_flag(_CONFIG.value)
-  print(json.dumps(accounting.account(experiment.model), indent=2))
+  account = accounting.account(experiment.model, experiment.train.sequence_length)
+  print(json.dumps(account, indent=2))
 
 
 if __name__ == '__main__':

@@ -20,10 +20,14 @@ from ssm_moe import config
 from ssm_moe.errors import UserError
 
 
-def run(main: Callable[[], Any]) -> None:
+def run(main: Callable[..., Any], *, arguments: str | None = None) -> None:
   """Parses the flags, runs `main` and exits.
 
   With SSM_MOE_TRACEBACK=1 in the environment a mistake shows its whole traceback.
+
+  Args:
+    main: Called without arguments, or with the list of those that are no flags.
+    arguments: What these are, in the singular; at least one must be given. None refuses them.
   """
 
   def parse(argv):
@@ -33,14 +37,15 @@ def run(main: Callable[[], Any]) -> None:
     except Exception as error:
       # config_flags runs the config file and applies overrides while flags are parsed.
       _refuse(_in_config_file(error, argv[1:]) or _unwrapped(error, argv[1:]))
-    if len(rest) > 1:
+    if arguments is None and len(rest) > 1:
       _refuse(UserError(f'unexpected argument {rest[1]!r}; every option is a --flag'))
+    if arguments is not None and len(rest) == 1:
+      _refuse(UserError(f'no {arguments} is given; name at least one'))
     return rest
 
   def guarded(argv):
-    del argv
     try:
-      main()
+      main(*([argv[1:]] if arguments else []))
       sys.stdout.flush()
     except BrokenPipeError:
       # Whoever read the output, such as `head`, has seen enough. Python's own flush at exit would

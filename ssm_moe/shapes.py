@@ -3,11 +3,12 @@
   B batch                 E experts             Mamba-2:
   L length                K top_k               H heads
   T tokens (B L flat)     C expert capacity     P head dim
-  M d_model               G router groups       Q chunk
-  D channels (d_inner)    F d_ff
+  M d_model               G router groups       G groups of heads
+  D channels (d_inner)    F d_ff                Q chunk
   N d_state               V vocab
-  R dt_rank
-  W conv width
+  R dt_rank                                     Attention: H, P as above
+  W conv width                                  J key-value heads
+                                                S cached tokens; rows of a plan
 
 A capital inside quotes is an axis (`Float[Array, 'B L D']`); a capital outside quotes is one of the
 SSM's A, B, C, D. Einsum strings are lower case. Nothing else defines letters.

@@ -21,6 +21,10 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ('inner', 'tensor'),
   ('mlp', 'tensor'),
   ('expert', 'expert'),
+  ('heads', 'tensor'),
+  ('kv_heads', None),
+  ('head_dim', None),
+  ('groups', None),
   ('branch', None),  # conv and gate, side by side in one projection
   ('layers', None),
   ('norm', None),

@@ -44,18 +44,32 @@ def get_config({parameters}):
 """
 
 
+# A script that takes arguments besides flags.
+ARGUMENTS = """
+from absl import flags
+from ssm_moe import command_line
+_LOUD = flags.DEFINE_bool('loud', False, 'Shout.')
+
+def main(names):
+  print(' '.join(names).upper() if _LOUD.value else ' '.join(names))
+
+command_line.run(main, arguments='NAME')
+"""
+
+
 class Runner:
   def __init__(self, folder):
     self.folder = folder
     (folder / 'script.py').write_text(SCRIPT)
+    (folder / 'arguments.py').write_text(ARGUMENTS)
     self.write()
 
   def write(self, statement='pass', name='config.py', parameters=''):
     (self.folder / name).write_text(CONFIG.format(statement=statement, parameters=parameters))
 
-  def __call__(self, *arguments, **environment):
+  def __call__(self, *arguments, script='script.py', **environment):
     return subprocess.run(
-      [sys.executable, 'script.py', *arguments],
+      [sys.executable, script, *arguments],
       cwd=self.folder,
       env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'} | environment,
       capture_output=True,
@@ -195,6 +209,15 @@ def test_the_whole_traceback_can_be_had(run):
   result = run('--config=raises.py', SSM_MOE_TRACEBACK='1')
   assert result.returncode == 1
   assert 'Traceback' in result.stderr and 'in get_config' in result.stderr
+
+
+def test_arguments_reach_a_script_that_takes_them_with_flags_anywhere(run):
+  for order in (('a', '--loud', 'b=c'), ('--loud', 'a', 'b=c'), ('a', 'b=c', '--loud')):
+    result = run(*order, script='arguments.py')
+    assert (result.returncode, result.stdout) == (0, 'A B=C\n'), result.stderr
+  result = run(script='arguments.py')
+  message = 'arguments.py: no NAME is given; name at least one\n'
+  assert (result.returncode, result.stdout, result.stderr) == (2, '', message)
 
 
 def test_a_run_is_called_after_its_config_and_row():

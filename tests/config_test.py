@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from ml_collections import config_dict
 
@@ -53,7 +54,14 @@ def test_an_optional_scalar_takes_its_type_only():
     ({'data': {'train': 'stdlib'}}, r"config.data.train is 'stdlib'; it must be a tuple"),
     ({'data': {'weights': (1.0, 2.0)}}, r'config.data.weights has 2 values; .* 1 train'),
     ({'optimizer': {'schedule': 'wsd', 'warmup_fraction': 0.9}}, r'add up to more than 1'),
-    ({'optimizer': {'beta1': 1.5}}, r'config.optimizer.beta1 is 1.5; it must be between 0 and 1'),
+    ({'optimizer': {'beta1': 1.0}}, r'config.optimizer.beta1 is 1.0; .* at least 0 and below 1'),
+    ({'optimizer': {'warmup_fraction': 2}}, r'warmup_fraction is 2.0; it must be between 0 and 1'),
+    ({'optimizer': {'peak_learning_rate': float('inf')}}, r'rate is inf; it must be finite'),
+    ({'optimizer': {'epsilon': 10**400}}, r'config.optimizer.epsilon is inf; it must be finite'),
+    ({'train': {'seed': 2**32}}, r'config.train.seed is 4294967296; it must be below 2\*\*32'),
+    ({'train': {'num_steps': 10**20}}, r'config.train.num_steps is 1\d*; it must fit in 64 bits'),
+    ({'data': {'weights': ('1',)}}, r"config.data.weights\[0\] is '1'; it must be of type float"),
+    ({'data': {'train': ('stdlib', '')}}, r'config.data.train holds an empty name'),
   ],
 )
 def test_a_mistake_is_one_line_that_names_it(change, message):
@@ -65,6 +73,47 @@ def test_a_mistake_is_one_line_that_names_it(change, message):
 def test_an_integer_serves_as_float():
   config = config_lib.from_config_dict({'optimizer': {'weight_decay': 0}})
   assert config.optimizer.weight_decay == 0.0
+
+
+@pytest.mark.parametrize(
+  ('make', 'message'),
+  [
+    (lambda: config_lib.ModelConfig(d_model='8'), r"^d_model is '8'; it must be of type int$"),
+    (lambda: config_lib.MoEConfig(dispatch='droples'), r"^dispatch is 'droples'; .* one of dropl"),
+    (lambda: config_lib.RoMConfig(kind='sharded'), r"^kind is 'sharded'; it must be one of none"),
+    (
+      lambda: config_lib.RoMConfig(expert_projections=('conv', 'y')),
+      r'^expert_projections\[1\] is',
+    ),
+    (lambda: config_lib.ModelConfig(dtype=np.dtype('float32')), r'^dtype is .* one of float32'),
+    (lambda: config_lib.ModelConfig(moe=config_lib.RoMConfig()), r'^moe is .* of type MoEConfig'),
+    (lambda: config_lib.ExperimentConfig(train={'seed': 1}), r'^train is .* of type TrainConfig$'),
+    (lambda: dataclasses.replace(config_lib.MLPConfig(), d_ff=1.5), r'^d_ff is 1.5; .* type int$'),
+  ],
+)
+def test_a_mistake_in_python_is_told_like_one_in_a_file(make, message):
+  with pytest.raises(config_lib.ConfigError, match=message):
+    make()
+
+
+def _dataclasses(cls):
+  yield cls
+  for field in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(field.type):
+      yield from _dataclasses(field.type)
+
+
+def test_every_field_of_every_config_checks_its_type():
+  for cls in _dataclasses(config_lib.ExperimentConfig):
+    for field in dataclasses.fields(cls):
+      with pytest.raises(config_lib.ConfigError, match=f'^{field.name} is <object'):
+        cls(**{field.name: object()})
+
+
+def test_what_is_built_in_python_can_be_hashed_and_equals_what_a_file_says():
+  built = config_lib.DataConfig(train=['a', 'b'], weights=[1, 2])
+  assert built == config_lib.DataConfig(train=('a', 'b'), weights=(1.0, 2.0))
+  assert hash(built) == hash(config_lib.from_config_dict(config_lib.to_dict(built), type(built)))
 
 
 def test_configs_are_immutable():

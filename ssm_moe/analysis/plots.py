@@ -1,4 +1,4 @@
-"""Figures of a run, as PNG files: the loss curves and the load of the experts."""
+"""Figures of runs, as PNG files: loss curves, of one run and of several, and loads of experts."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,17 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, ScalarFormatter
 
+from ssm_moe.analysis.speedup import Band
 from ssm_moe.shapes import Float
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
 _BLUE, _ORANGE, _GREY = '#0072B2', '#D55E00', '#595959'
+_GREEN, _PINK, _SKY, _AMBER = '#009E73', '#CC79A7', '#56B4E9', '#E69F00'
+# Of the entries of a comparison; the baseline is black. More than these are dashed, then dotted.
+_ENTRIES = (_BLUE, _ORANGE, _GREEN, _PINK, _SKY, _AMBER)
+_TIME_UNITS = (('days', 86400), ('hours', 3600), ('minutes', 60), ('seconds', 1))
 # Cells that can still be read with a number in them.
 _MAX_LABELLED_EXPERTS, _MAX_LABELLED_LAYERS = 16, 32
 
@@ -58,6 +63,60 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Non
     title = f'Validation {bits[-1, 1]:.3f} bits per byte'
     _finish(axes[1], title, 'bits per byte', bits)
   figure.savefig(path)
+
+
+def plot_comparison(
+  bands: Mapping[str, Band], path: str | os.PathLike, *, loss: str, target_loss: float
+) -> None:
+  """Draws the loss of several entries against tokens and against seconds.
+
+  Args:
+    bands: By name of the entry, the baseline first: a line for the mean over the seeds, and from
+      the least to the greatest loss a band.
+    path: Of the PNG file.
+    loss: 'valid' or 'train'.
+    target_loss: The loss at which speed-ups are given, a line across.
+  """
+  figure = _figure(9.6 + 0.09 * max(map(len, bands)), 4.4)
+  panels = figure.subplots(1, 2, sharey=True)
+  seconds = max(band.mean.costs[-1, 3] for band in bands.values())
+  unit, divisor = next(
+    (name, size) for name, size in _TIME_UNITS if seconds >= 2 * size or size == 1
+  )
+  for axes, column, scale in zip(panels, (1, 3), (1, divisor)):
+    # The baseline last, and so on top.
+    for i, (name, band) in reversed(list(enumerate(bands.items()))):
+      x = band.mean.costs[:, column] / scale
+      style = {'color': 'black', 'linewidth': 2.2}
+      if i:
+        round_, place = divmod(i - 1, len(_ENTRIES))
+        dashes = ('-', '--', ':')[min(round_, 2)]
+        style = {'color': _ENTRIES[place], 'linewidth': 1.6, 'linestyle': dashes}
+      few = len(x) < 3 or (loss == 'valid' and len(x) <= 40)
+      axes.fill_between(x, band.low, band.high, color=style['color'], alpha=0.2, linewidth=0)
+      style['marker'] = 'o' if few else None
+      axes.plot(x, band.mean.loss, markersize=3.5, label=name, **style)
+    axes.axhline(target_loss, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+  word = {'valid': 'Validation', 'train': 'Training'}[loss]
+  _finish(panels[0], f'{word} loss by tokens', 'cross entropy [nats per token]', np.zeros((0, 2)))
+  _finish(panels[1], f'{word} loss by training time', '', np.zeros((0, 2)))
+  panels[0].set_ylim(*_readable_losses(bands, target_loss))
+  panels[1].set_xlabel(unit)
+  panels[1].xaxis.set_major_formatter(ScalarFormatter())
+  # At the left, where all curves are higher.
+  panels[0].annotate(
+    f"{target_loss:.3f}, the baseline's last",
+    (0, target_loss),
+    xycoords=panels[0].get_yaxis_transform(),
+    xytext=(4, -3),
+    textcoords='offset points',
+    va='top',
+    color=_GREY,
+    fontsize=8,
+  )
+  handles, labels = panels[0].get_legend_handles_labels()
+  figure.legend(handles[::-1], labels[::-1], loc='outside right upper', frameon=False)
+  figure.savefig(path, format='png')
 
 
 def plot_expert_load(
@@ -129,6 +188,17 @@ def plot_expert_load(
           color='white' if dark else 'black',
         )
   figure.savefig(path)
+
+
+def _readable_losses(bands: Mapping[str, Band], target_loss: float) -> tuple[float, float]:
+  """Returns limits that leave out what happens in the first tenth of each run."""
+  low, high = target_loss, target_loss
+  for band in bands.values():
+    tokens = band.mean.costs[:, 1]
+    later = tokens >= 0.1 * tokens[-1]
+    low, high = min(low, band.low[later].min()), max(high, band.high[later].max())
+  margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+  return low - margin, high + margin
 
 
 def _balance(layers: Sequence[np.ndarray]) -> str:

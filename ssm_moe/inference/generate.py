@@ -30,7 +30,11 @@ def generate(
     config: Of the model.
     num_tokens: How many to write.
     temperature: Divides the logits before a token is drawn; 0 takes the likeliest.
+
+  Raises:
+    ConfigError: experts choose tokens, so that the model does not go on token by token.
   """
+  lm.check_causal(config, 'generation')
   model = lm.LM(_dropless(config))
   variables = {'params': params}
 
@@ -57,5 +61,15 @@ def generate(
 
 def _dropless(config: ModelConfig) -> ModelConfig:
   """Returns the model without expert capacity: a device of training that would drop tokens here."""
-  moe = dataclasses.replace(config.moe, dispatch='dropless', router_groups=1)
-  return dataclasses.replace(config, moe=moe)
+
+  def dropless(routing):
+    if routing.dispatch != 'capacity':
+      return routing
+    return dataclasses.replace(routing, dispatch='dropless', router_groups=1)
+
+  return dataclasses.replace(
+    config,
+    mamba=dataclasses.replace(config.mamba, rom=dropless(config.mamba.rom)),
+    mamba2=dataclasses.replace(config.mamba2, rom=dropless(config.mamba2.rom)),
+    moe=dropless(config.moe),
+  )

@@ -6,7 +6,8 @@ from flax import linen as nn
 
 from ssm_moe.config import MoEConfig
 from ssm_moe.layers import dispatch
-from ssm_moe.layers.router import Router, RoutingAux, routing_aux
+from ssm_moe.layers.mlp import MLP, activate
+from ssm_moe.layers.router import Router, Routes, Routing, RoutingAux, routing_aux
 from ssm_moe.shapes import Array, Bool, Float
 
 
@@ -15,12 +16,14 @@ class MoE(nn.Module):
 
   y = sum_k p_k E_k(x),    E_i(x) = ReLU(x W1_i) W2_i.
   MoE-Mamba, section 3.1 (https://arxiv.org/abs/2401.04081). A dropped token gets zero, and lives on
-  in the residual stream.
+  in the residual stream. Shared experts, which every token passes through unweighted besides:
+  section 3.2 of DeepSeekMoE (https://arxiv.org/abs/2401.06066).
 
   Attributes:
     moe: Its config.
     router_init, wi_init, wo_init: Initialise router, first and second matrices.
     dtype: Of the matrix work.
+    record_routes: Whether to report every token's routes.
   """
 
   moe: MoEConfig
@@ -28,54 +31,98 @@ class MoE(nn.Module):
   wi_init: nn.initializers.Initializer
   wo_init: nn.initializers.Initializer
   dtype: jnp.dtype
+  record_routes: bool = False
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'B L M'], *, mask: Bool[Array, 'B L'] | None = None
+    self,
+    x: Float[Array, 'B L M'],
+    *,
+    mask: Bool[Array, 'B L'] | None = None,
+    routes: Routes | None = None,
+    given: Routing | None = None,
+    drops: bool = True,
   ) -> tuple[Float[Array, 'B L M'], RoutingAux]:
-    """Returns the layer's output and its routing; tokens outside `mask` take no capacity."""
+    """Returns the layer's output and its routing.
+
+    Args:
+      x: Input.
+      mask: Tokens that count in statistics and take capacity; all if None.
+      routes: Decisions to take in place of the router's own.
+      given: What a mixer has decided, where `moe.routing` is to take that.
+      drops: Whether tokens over capacity are dropped, where the dispatch does so.
+    """
     batch, length, d_model = x.shape
     config = self.moe
     tokens = x.reshape(batch * length, d_model)
     token_mask = None if mask is None else mask.reshape(-1)
 
-    routing = Router(config.num_experts, config.top_k, self.router_init, name='router')(tokens)
-    plan = self._plan(routing.expert_index, token_mask)
+    if config.routing == 'mixer':
+      routing = given if routes is None else given.replace(routes=routes)
+    else:
+      routing = Router(config, self.router_init, name='router')(tokens, routes=routes)
+    if config.choice == 'expert':
+      plan, routing = self._expert_choice(routing, routes, token_mask)
+    else:
+      plan = dispatch.make_plan(
+        routing.routes.expert_index,
+        config,
+        num_experts=config.num_experts,
+        mask=token_mask,
+        drops=drops,
+      )
 
-    d_ff = config.hidden_size(d_model)
-    wi = self._experts('wi', self.wi_init, ('embed', 'mlp'), (d_model, d_ff))
-    wo = self._experts('wo', self.wo_init, ('mlp', 'embed'), (d_ff, d_model))
+    wi, wo = self._experts(d_model)
     rows = plan.dispatch(tokens.astype(self.dtype))
-    rows = plan.matmul(jax.nn.relu(plan.matmul(rows, wi)), wo)
-    y = plan.combine(rows, routing.combine_weights)
-    aux = routing_aux(routing, plan.dropped_fraction, token_mask)
-    return y.reshape(batch, length, d_model), aux
+    rows = plan.matmul(activate(plan.matmul(rows, wi), config.activation), wo)
+    y = plan.combine(rows, routing.routes.combine_weights).reshape(batch, length, d_model)
+    if config.num_shared_experts:
+      y = y + self._shared_experts(d_model)(x)
+    aux = routing_aux(routing, plan.dropped, token_mask, record=self.record_routes)
+    return y, aux
 
-  def _experts(self, name, init, axes, shape):
+  def _experts(self, d_model: int) -> tuple[Array, Array]:
+    d_ff = self.moe.hidden_size(d_model)
+    gated = self.moe.activation == 'swiglu'
+    inner = ('branch', 'mlp') if gated else ('mlp',)
+    sizes = (2, d_ff) if gated else (d_ff,)
+    wi = self._stacked('wi', self.wi_init, ('embed', *inner), (d_model, *sizes))
+    return wi, self._stacked('wo', self.wo_init, ('mlp', 'embed'), (d_ff, d_model))
+
+  def _stacked(self, name, init, axes, shape):
     init = nn.with_logical_partitioning(init, ('expert', *axes))
     stacked = self.param(name, init, (self.moe.num_experts, *shape), jnp.float32)
     return stacked.astype(self.dtype)
 
-  def _plan(self, expert_index, mask) -> dispatch.Plan:
+  def _shared_experts(self, d_model: int) -> MLP:
     config = self.moe
-    match config.dispatch:
-      case 'dense':
-        return dispatch.dense_plan(expert_index, config.num_experts)
-      case 'dropless':
-        return dispatch.dropless_plan(expert_index, config.num_experts)
-      case 'capacity':
-        capacity = dispatch.expert_capacity(
-          expert_index.shape[0] // config.router_groups,
-          config.num_experts,
-          config.top_k,
-          capacity_factor=config.capacity_factor,
-          rounding=config.capacity_rounding,
-          multiple=config.capacity_multiple,
-        )
-        return dispatch.capacity_plan(
-          expert_index,
-          config.num_experts,
-          expert_capacity=capacity,
-          num_groups=config.router_groups,
-          mask=mask,
-        )
+    return MLP(
+      config.num_shared_experts * config.hidden_size(d_model),
+      config.activation,
+      self.wi_init,
+      self.wo_init,
+      self.dtype,
+      name='shared_experts',
+    )
+
+  def _expert_choice(
+    self, routing: Routing, routes: Routes | None, mask: Bool[Array, 'T'] | None
+  ) -> tuple[dispatch.Plan, Routing]:
+    """Returns the plan, and the routing with what came of it: a column of routes an expert."""
+    config = self.moe
+    if routes is None:
+      sigmoid = config.score == 'sigmoid'
+      scores = jax.nn.sigmoid(routing.router_logits) if sigmoid else routing.router_probs
+    else:
+      # As many are marked for each expert as it chose, so that it chooses the same again.
+      scores = (routes.expert_index < config.num_experts).astype(jnp.float32)
+    plan = dispatch.expert_choice_plan(
+      scores,
+      expert_capacity=dispatch.capacity_of(config, scores.shape[0]),
+      num_groups=config.router_groups,
+      mask=mask,
+    )
+    if routes is None:
+      expert_index = jnp.where(plan.chosen(), jnp.arange(config.num_experts), config.num_experts)
+      routing = routing.replace(routes=Routes(expert_index, scores))
+    return plan, routing

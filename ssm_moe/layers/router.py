@@ -5,23 +5,40 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from ssm_moe.config import RoutingConfig
 from ssm_moe.shapes import Array, Bool, Float, Int
 
 
-class Routing(struct.PyTreeNode):
-  """Where each token goes.
+class Routes(struct.PyTreeNode):
+  """Which experts each token takes, and with what weight: what a record of a run holds.
 
   Attributes:
-    router_logits: Of every expert.
-    router_probs: Their softmax.
-    expert_index: The chosen experts, likeliest first.
-    combine_weights: Router probability of each, not renormalised over the chosen.
+    expert_index: The chosen experts, the best first; the index E stands for the fallback.
+    combine_weights: What each chosen expert's output is multiplied with.
   """
 
-  router_logits: Float[Array, 'T E']
-  router_probs: Float[Array, 'T E']
   expert_index: Int[Array, 'T K']
   combine_weights: Float[Array, 'T K']
+
+
+class Routing(struct.PyTreeNode):
+  """What a router decided.
+
+  Attributes:
+    routes: Experts and weights of each token.
+    router_logits: Of every expert.
+    router_probs: Scores that add up to 1: the softmax, or sigmoids divided by their sum.
+    fallback: Tokens whose best score was below the threshold; None without one.
+  """
+
+  routes: Routes
+  router_logits: Float[Array, 'T E']
+  router_probs: Float[Array, 'T E']
+  fallback: Bool[Array, 'T'] | None = None
+
+  @property
+  def num_experts(self) -> int:
+    return self.router_logits.shape[1]
 
 
 class RoutingAux(struct.PyTreeNode):
@@ -30,9 +47,12 @@ class RoutingAux(struct.PyTreeNode):
   Attributes:
     load_balancing_loss: 1.0 at perfect balance.
     router_z_loss: Mean squared logsumexp of the logits.
-    expert_load: Fraction of the assignments that each expert was chosen for; adds up to 1.
+    expert_load: Fraction of the assignments that each expert has; adds up to 1.
     router_entropy: Mean entropy of the router's probabilities, in nats.
     dropped_fraction: Assignments over capacity, of all assignments.
+    fallback_fraction: Tokens that took the fallback, of all.
+    routes: Of every token, if they are recorded; else None.
+    dropped: Assignments over capacity, if routes are recorded; else None.
   """
 
   load_balancing_loss: Float[Array, '']
@@ -40,46 +60,95 @@ class RoutingAux(struct.PyTreeNode):
   expert_load: Float[Array, 'E']
   router_entropy: Float[Array, '']
   dropped_fraction: Float[Array, '']
+  fallback_fraction: Float[Array, '']
+  routes: Routes | None = None
+  dropped: Bool[Array, 'T K'] | None = None
 
 
 class Router(nn.Module):
-  """Scores every expert for each token, and chooses top_k by softmax probability.
+  """Scores every expert for each token, and chooses top_k by score.
 
-  p = softmax(x W_r);  chosen = TopK(p);  weights = p at the chosen.
-  Equations 1-2 of Switch Transformers (https://arxiv.org/abs/2101.03961), as in both papers.
+  p = softmax(x W_r) or sigmoid(x W_r);  chosen = TopK(p + b);  weights = p at the chosen.
+  Softmax: equations 1-2 of Switch Transformers (https://arxiv.org/abs/2101.03961), as in both
+  papers. Sigmoid and the bias b, which the selection alone sees and which no gradient reaches:
+  section 2.1.2 of DeepSeek-V3 (https://arxiv.org/abs/2412.19437).
 
   Attributes:
-    num_experts: E.
-    top_k: K.
+    config: How to score, choose and weigh.
     kernel_init: Of W_r.
   """
 
-  num_experts: int
-  top_k: int
+  config: RoutingConfig
   kernel_init: nn.initializers.Initializer
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'T M']) -> Routing:
+  def __call__(self, x: Float[Array, 'T M'], *, routes: Routes | None = None) -> Routing:
+    """Decides for each token, or takes the decision `routes` that is given."""
+    config = self.config
     kernel = self.param(
       'kernel',
       nn.with_logical_partitioning(self.kernel_init, ('embed', 'router')),
-      (x.shape[-1], self.num_experts),
+      (x.shape[-1], config.num_experts),
       jnp.float32,
     )
     # HIGHEST: on GPU and TPU a float32 matmul would else round its inputs to 10 or 7 bits, and
     # near-ties would be decided by that rounding.
     router_logits = jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
-    router_probs = jax.nn.softmax(router_logits, axis=-1)
-    combine_weights, expert_index = jax.lax.top_k(router_probs, self.top_k)
-    return Routing(router_logits, router_probs, expert_index, combine_weights)
+    if config.score == 'softmax':
+      scores = router_probs = jax.nn.softmax(router_logits, axis=-1)
+    else:
+      scores = jax.nn.sigmoid(router_logits)
+      router_probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
+    bias = self._selection_bias()
+    if routes is not None:
+      # Replayed: the bias, if there is one, has had its say.
+      return Routing(routes, router_logits, router_probs)
+    if bias is None:
+      weights, expert_index = jax.lax.top_k(scores, config.top_k)
+    else:
+      _, expert_index = jax.lax.top_k(scores + bias[None, :], config.top_k)
+      weights = jnp.take_along_axis(scores, expert_index, axis=-1)
+    if config.weights == 'renormalized':
+      weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    fallback = None
+    if config.fallback_threshold:
+      fallback = jnp.max(scores, axis=-1) < config.fallback_threshold
+      expert_index = jnp.where(fallback[:, None], config.num_experts, expert_index)
+    return Routing(Routes(expert_index, weights), router_logits, router_probs, fallback)
+
+  def _selection_bias(self) -> Float[Array, 'E'] | None:
+    """Kept with the parameters, which whoever runs the model needs; `training` moves it."""
+    if not self.config.selection_bias_rate:
+      return None
+    bias = self.param(
+      'selection_bias',
+      nn.with_logical_partitioning(nn.initializers.zeros, ('router',)),
+      (self.config.num_experts,),
+      jnp.float32,
+    )
+    return jax.lax.stop_gradient(bias)
+
+
+def move_selection_bias(
+  bias: Float[Array, '*P E'], load: Float[Array, '*P E'], rate: float
+) -> Float[Array, '*P E']:
+  """Raises the bias of experts below their share of the load, and lowers the others', by `rate`.
+
+  Algorithm 1 of Loss-Free Balancing (https://arxiv.org/abs/2408.15664).
+  """
+  return bias + rate * jnp.sign(1 / load.shape[-1] - load)
 
 
 def expert_load(
   expert_index: Int[Array, 'T K'], num_experts: int, mask: Bool[Array, 'T'] | None = None
 ) -> Float[Array, 'E']:
-  """Returns the fraction of assignments that chose each expert, over the tokens in `mask`."""
+  """Returns the fraction of assignments that each expert has, over the tokens in `mask`.
+
+  An index of E is an assignment to no expert, and does not count.
+  """
   chosen = jax.nn.one_hot(expert_index, num_experts, dtype=jnp.float32).sum(axis=1)
-  return _mean(chosen, mask) / expert_index.shape[1]
+  load = _mean(chosen, mask)
+  return load / jnp.maximum(jnp.sum(load), jnp.finfo(jnp.float32).tiny)
 
 
 def load_balancing_loss(
@@ -104,18 +173,36 @@ def router_z_loss(
 
 
 def routing_aux(
-  routing: Routing, dropped_fraction: Float[Array, ''], mask: Bool[Array, 'T'] | None = None
+  routing: Routing,
+  dropped: Bool[Array, 'T K'] | None,
+  mask: Bool[Array, 'T'] | None = None,
+  *,
+  record: bool = False,
 ) -> RoutingAux:
-  """Returns the losses and statistics of a layer's decisions."""
-  load = expert_load(routing.expert_index, routing.router_probs.shape[1], mask)
-  log_probs = jax.nn.log_softmax(routing.router_logits, axis=-1)
+  """Returns the losses and statistics of a layer's decisions.
+
+  Args:
+    routing: The decisions.
+    dropped: Assignments over capacity; None if there are none.
+    mask: Tokens that count; all if None.
+    record: Whether to return every token's routes as well.
+  """
+  load = expert_load(routing.routes.expert_index, routing.num_experts, mask)
+  log_probs = jnp.log(jnp.maximum(routing.router_probs, jnp.finfo(jnp.float32).tiny))
   entropy = -jnp.sum(routing.router_probs * log_probs, axis=-1)
+  zero = jnp.zeros((), jnp.float32)
+  if record and dropped is None:
+    dropped = jnp.zeros(routing.routes.expert_index.shape, jnp.bool_)
+  fallback = routing.fallback
   return RoutingAux(
     load_balancing_loss=load_balancing_loss(routing.router_probs, load, mask),
     router_z_loss=router_z_loss(routing.router_logits, mask),
     expert_load=load,
     router_entropy=_mean(entropy, mask),
-    dropped_fraction=dropped_fraction,
+    dropped_fraction=zero if dropped is None else _mean(jnp.mean(dropped, axis=1), mask),
+    fallback_fraction=zero if fallback is None else _mean(fallback.astype(jnp.float32), mask),
+    routes=routing.routes if record else None,
+    dropped=dropped if record else None,
   )
 
 

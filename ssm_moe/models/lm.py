@@ -1,5 +1,7 @@
 """The language model: embedding, periods of layers, norm, head."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,10 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from ssm_moe.config import ModelConfig
-from ssm_moe.layers import initializers, mamba
+from ssm_moe.config import ConfigError, ModelConfig
+from ssm_moe.layers import initializers
 from ssm_moe.layers.norm import make_norm
-from ssm_moe.models.block import Period, PeriodAux, PeriodState, layer_names
+from ssm_moe.layers.router import move_selection_bias
+from ssm_moe.models import block
+from ssm_moe.models.block import Period, PeriodAux, PeriodRoutes, PeriodState, layer_names
 from ssm_moe.shapes import Array, Bool, Float, Int
 
 
@@ -36,9 +40,14 @@ class LM(nn.Module):
   (https://arxiv.org/abs/2406.07522). 'moe_mamba': embedding, head, router and experts normal with
   variance 0.1 / fan-in, cut at 0.2, Mamba as in its authors' code; so does the code of MoE-Mamba
   (https://arxiv.org/abs/2401.04081).
+
+  Attributes:
+    config: Of the model.
+    record_routes: Whether `aux` is to hold every token's routes.
   """
 
   config: ModelConfig
+  record_routes: bool = False
 
   def setup(self):
     config = self.config
@@ -62,7 +71,7 @@ class LM(nn.Module):
       )
     if config.final_norm:
       self.final_norm = make_norm(config.norm)
-    self.periods = self._stack({'__call__': (0, nn.broadcast, nn.broadcast), 'step': (0,)})
+    self.periods = self._stack({'__call__': (0, nn.broadcast, nn.broadcast, 0), 'step': (0,)})
 
   def __call__(
     self,
@@ -71,6 +80,7 @@ class LM(nn.Module):
     segment_ids: Int[Array, 'B L'] | None = None,
     mask: Bool[Array, 'B L'] | None = None,
     state: PeriodState | None = None,
+    routes: PeriodRoutes | None = None,
   ) -> LMOutput:
     """Runs over sequences.
 
@@ -80,15 +90,20 @@ class LM(nn.Module):
         continues the document that `state` comes from.
       mask: Tokens that count in routing statistics and take expert capacity; all if None.
       state: From the window before; nothing if None.
+      routes: Decisions to take in place of the routers' own, as `aux` records them; of all routers
+        that are named.
     """
     x = self._embed(tokens)
-    x, (state, aux) = self.periods(x, state, segment_ids, mask)
+    x, (state, aux) = self.periods(x, state, segment_ids, mask, routes)
     return LMOutput(self._normalize(x), state, aux)
 
   def step(
     self, tokens: Int[Array, 'B'], state: PeriodState
   ) -> tuple[Float[Array, 'B V'], PeriodState]:
-    """Returns the float32 logits after one more token, and the state for the next."""
+    """Returns the float32 logits after one more token, and the state for the next.
+
+    No token is dropped, whatever the dispatch: equal to `__call__` where that drops nothing.
+    """
     x, state = self.periods.step(self._embed(tokens), state)
     return self.logits(self._normalize(x)), state
 
@@ -120,7 +135,7 @@ class LM(nn.Module):
     }
     methods = {name: {**options, 'in_axes': axes} for name, axes in in_axes.items()}
     scanned = nn.scan(period, methods=methods)
-    return scanned(self.config)
+    return scanned(self.config, self.record_routes)
 
 
 def head_matrix(params: Any, config: ModelConfig) -> Float[Array, 'M V']:
@@ -130,11 +145,8 @@ def head_matrix(params: Any, config: ModelConfig) -> Float[Array, 'M V']:
 
 def initial_state(config: ModelConfig, batch: int) -> PeriodState:
   """Returns the state before any token, stacked over the periods."""
-  state = mamba.initial_state(
-    config.mamba, d_model=config.d_model, batch=batch, dtype=jnp.dtype(config.dtype)
-  )
-  stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * config.num_periods), state)
-  return {name: stacked for name, letter in layer_names(config).items() if letter == 'M'}
+  state = block.initial_state(config, batch)
+  return jax.tree.map(lambda leaf: jnp.stack([leaf] * config.num_periods), state)
 
 
 def auxiliary_loss(aux: PeriodAux, config: ModelConfig) -> Float[Array, '']:
@@ -142,14 +154,56 @@ def auxiliary_loss(aux: PeriodAux, config: ModelConfig) -> Float[Array, '']:
 
   The mean, not the sum, as in MoE-Mamba's code: the coefficient then means the same at any depth.
   """
-  settings = {'M': config.mamba.rom, 'E': config.moe}
   total = jnp.zeros((), jnp.float32)
-  for letter, setting in settings.items():
+  for letter in dict.fromkeys(config.layers):
     names = [name for name, kind in layer_names(config).items() if kind == letter]
-    layers = [aux[name] for name in names if name in aux]
+    layers = [reported for key, reported in aux.items() if key.partition('/')[0] in names]
     if not layers:
       continue
+    settings = config.routing_of(letter)
     balance = jnp.mean(jnp.stack([layer.load_balancing_loss for layer in layers]))
     z = jnp.mean(jnp.stack([layer.router_z_loss for layer in layers]))
-    total += setting.load_balancing_coefficient * balance + setting.router_z_coefficient * z
+    total += settings.load_balancing_coefficient * balance + settings.router_z_coefficient * z
   return total
+
+
+def with_moved_biases(params: Any, aux: PeriodAux, config: ModelConfig) -> Any:
+  """Returns the parameters after a training step has moved every router's selection bias."""
+  names = layer_names(config)
+  for key, reported in aux.items():
+    layer, _, projection = key.partition('/')
+    settings = config.routing_of(names[layer])
+    if not settings.selection_bias_rate:
+      continue
+    path = [f'layer_{layer}', f'router_{projection}' if projection else 'router', 'selection_bias']
+    if names[layer] != 'E':
+      path.insert(1, 'routing')
+    move = functools.partial(
+      move_selection_bias, load=reported.expert_load, rate=settings.selection_bias_rate
+    )
+    params = _replaced(params, ['periods', *path], move)
+  return params
+
+
+def check_causal(config: ModelConfig, purpose: str) -> None:
+  """Raises unless no token's logits depend on later tokens, or that is asked for by name.
+
+  Args:
+    config: Of the model.
+    purpose: What is to be done with it, for the message.
+
+  Raises:
+    ConfigError: experts choose tokens.
+  """
+  if 'E' in config.layers and config.moe.choice == 'expert' and not config.moe.allow_acausal:
+    raise ConfigError(
+      f'config.model.moe.choice is expert, which looks at later tokens: {purpose} would not be '
+      'autoregressive; it must be token, or set moe.allow_acausal to have it nevertheless'
+    )
+
+
+def _replaced(tree: Any, path: list[str], change: Callable[[Array], Array]) -> Any:
+  """Returns nested dictionaries in which the leaf at `path` is changed."""
+  if not path:
+    return change(tree)
+  return {**tree, path[0]: _replaced(tree[path[0]], path[1:], change)}

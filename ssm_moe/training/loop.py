@@ -131,7 +131,7 @@ class _Run:
     self._train_data, self._eval_data = train_data, eval_data
     self._checkpointer, self._metrics, self._stop = checkpointer, metrics, stop
     self._schedule = make_schedule(config.optimizer, config.train.num_steps)
-    account = accounting.account(config.model)
+    account = accounting.account(config.model, config.train.sequence_length)
     self._flops_per_token = account['flops_per_token_train']
 
   def train(

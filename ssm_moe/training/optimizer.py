@@ -1,5 +1,6 @@
 """AdamW, its schedule, and which parameters decay."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ from ssm_moe.config import OptimizerConfig
 # Parameters that weight decay would pull away from what they mean: decay rates, skips, step sizes,
 # norms and biases. mamba_ssm marks some of them by a hidden attribute, which trainers overlook.
 NOT_DECAYED = frozenset({'A_log', 'D', 'dt_bias', 'conv1d_bias', 'scale', 'bias'})
+# Moved by the balance of the load, outside the gradient: never decayed, whatever the mask.
+_NOT_LEARNT = frozenset({'selection_bias'})
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -39,13 +42,19 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   return optax.join_schedules(parts, boundaries)
 
 
-def decay_mask(params: Any) -> Any:
-  """Returns True for each parameter that decays: all but `NOT_DECAYED`, by name."""
+def decay_mask(params: Any, setting: str = 'matrices') -> Any:
+  """Returns True for each parameter that decays, by name.
+
+  Args:
+    params: Of the model.
+    setting: 'matrices' leaves out `NOT_DECAYED`; 'all' leaves out only what is not learnt.
+  """
+  spared = _NOT_LEARNT | (NOT_DECAYED if setting == 'matrices' else frozenset())
 
   def decays(path, _):
     # Flax boxes with logical axes add an attribute to the path, below the parameter's own name.
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-    return names[-1] not in NOT_DECAYED
+    return names[-1] not in spared
 
   return jax.tree.map_with_path(decays, params)
 
@@ -58,7 +67,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     b2=config.beta2,
     eps=config.epsilon,
     weight_decay=config.weight_decay,
-    mask=decay_mask if config.decay_mask == 'matrices' else None,
+    mask=functools.partial(decay_mask, setting=config.decay_mask),
   )
   if config.clip_norm is None:
     return adamw

@@ -21,6 +21,8 @@ from ssm_moe.shapes import PyTree
 from ssm_moe.training.metrics import read_metrics, routing_statistics
 from ssm_moe.training.step import EvalSums
 
+_STATISTICS = ('dropped_fraction', 'fallback_fraction', 'router_entropy', 'load_balancing_loss')
+
 
 class Routing(NamedTuple):
   """The routed layers of a model, from the first to the last.
@@ -40,7 +42,7 @@ class Routing(NamedTuple):
     """Puts statistics that are stacked over periods in the order of depth."""
     names, loads = _by_depth({name: layer.expert_load for name, layer in aux.items()}, config)
     other = {}
-    for key in ('dropped_fraction', 'router_entropy', 'load_balancing_loss'):
+    for key in _STATISTICS:
       stacked = {name: getattr(layer, key) for name, layer in aux.items()}
       other[key] = [float(value) for value in _by_depth(stacked, config)[1]]
     return cls(names, loads, other)
@@ -88,14 +90,17 @@ class Evaluation(NamedTuple):
 
 
 def _by_depth(stacked: dict[str, Any], config: ModelConfig) -> tuple[list[str], list[np.ndarray]]:
-  """Turns arrays by layer of a period, stacked over periods, into a list by depth with names."""
+  """Turns arrays by router of a period, stacked over periods, into a list by depth with names."""
   names, values = [], []
   order = list(layer_names(config))
   for period in range(config.num_periods):
-    for i, name in enumerate(order):
-      if name in stacked:
-        names.append(f'{period * len(order) + i:02d} {name.partition("_")[0]}')
-        values.append(np.asarray(stacked[name][period]))
+    for i, layer in enumerate(order):
+      for key in stacked:
+        name, _, projection = key.partition('/')
+        if name == layer:
+          kind = name.rpartition('_')[0] + (f' {projection}' if projection else '')
+          names.append(f'{period * len(order) + i:02d} {kind}')
+          values.append(np.asarray(stacked[key][period]))
   return names, values
 
 
@@ -108,7 +113,7 @@ def banner(
   first_step: int,
 ) -> str:
   """Returns what will be trained, on what, and where it goes."""
-  account = accounting.account(config.model)
+  account = accounting.account(config.model, config.train.sequence_length)
   train = config.train
   tokens_per_step = train.batch_size * train.sequence_length
   axes = ', '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1)

@@ -139,9 +139,10 @@ def make_train_step(
 
     gradients, loss, auxiliary = sums
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
     state = TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=lm.with_moved_biases(params, aux, config.model),
       opt_state=opt_state,
       # The next window starts from the value, not from the graph: the backpropagation is truncated.
       model_state=model_state,
@@ -152,7 +153,12 @@ def make_train_step(
 
 
 def make_eval_step(config: ExperimentConfig) -> Callable[[Any, Batch], EvalSums]:
-  """Returns the function of one evaluation batch, not yet jitted. Segment 0 is padding."""
+  """Returns the function of one evaluation batch, not yet jitted. Segment 0 is padding.
+
+  Raises:
+    ConfigError: experts choose tokens, so that it would not be an autoregressive evaluation.
+  """
+  lm.check_causal(config.model, 'evaluation')
   model = lm.LM(config.model)
 
   def eval_step(params, batch: Batch) -> EvalSums:
@@ -185,7 +191,8 @@ def keep_rows(model_state: PeriodState, keep: Array) -> PeriodState:
   """Zeroes the state of the rows that start a new document. Leaves are [periods, B, ...]."""
 
   def masked(leaf):
-    return jnp.where(keep.reshape((1, -1) + (1,) * (leaf.ndim - 2)), leaf, 0)
+    kept = keep.reshape((1, -1) + (1,) * (leaf.ndim - 2))
+    return jnp.where(kept, leaf, jnp.zeros_like(leaf))
 
   return jax.tree.map(masked, model_state)
 

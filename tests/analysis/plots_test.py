@@ -7,7 +7,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from ssm_moe.analysis.plots import plot_expert_load, plot_loss
+from ssm_moe.analysis.plots import plot_comparison, plot_expert_load, plot_loss
+from ssm_moe.analysis.speedup import Band, Curve
 
 BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
 BROWN, PURPLE = (127, 59, 8), (45, 0, 75)  # the ends of the scale
@@ -57,6 +58,41 @@ def test_bits_per_byte_get_a_panel(tmp_path):
   plot_loss([VALID | {'valid_bits_per_byte': 3.0}], tmp_path / 'two.png')
   one, two = (matplotlib.image.imread(tmp_path / name) for name in ('one.png', 'two.png'))
   assert two.shape[1] > 1.5 * one.shape[1]
+
+
+def band(points, width=0.0, offset=0.0):
+  steps = np.arange(1, points + 1)
+  loss = 1 + offset + 4 / steps
+  mean = Curve(steps, steps[:, None] * np.ones(4), loss)
+  return Band(mean, loss - width, loss + width)
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('points', [1, 2, 5, 200])
+@pytest.mark.parametrize('loss', ['valid', 'train'])
+def test_every_entry_of_a_comparison_is_drawn(tmp_path, points, loss):
+  path = tmp_path / 'compare.png'
+  bands = {name: band(points, offset=0.2 * i) for i, name in enumerate(('dense', 'one', 'two'))}
+  plot_comparison(bands, path, loss=loss, target_loss=2.0)
+  # More than what the legend alone would give: a line of 24 by 3 pixels.
+  for colour in (BLUE, ORANGE):
+    assert pixels(path, colour) > 150
+
+
+def test_the_spread_over_seeds_is_a_band(tmp_path):
+  pale = tuple(round(0.8 * 255 + 0.2 * c) for c in BLUE)
+  for width in (0.0, 1.0):
+    path = tmp_path / f'{width}.png'
+    bands = {'dense': band(100), 'seeds': band(100, width)}
+    plot_comparison(bands, path, loss='train', target_loss=2.0)
+    assert (pixels(path, pale) > 10_000) == (width > 0)
+
+
+def test_more_entries_than_colours_can_be_drawn_and_named_at_length(tmp_path):
+  path = tmp_path / 'compare'  # a PNG file whatever its name
+  bands = {f'a_rather_long_name_of_an_entry_{i}': band(30) for i in range(20)}
+  plot_comparison(bands, path, loss='valid', target_loss=1.2)
+  assert matplotlib.image.imread(path, format='png').shape[1] > 1500
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 8), (12, 32), (100, 64)])

@@ -59,7 +59,7 @@ def test_builds_a_state_and_a_step(name):
 
 def test_the_models_of_the_quickstart_have_the_same_active_size():
   sizes = [
-    accounting.account(config_files.load(name).model)['active_params']
+    accounting.account(config_files.load(name).model, sequence_length=256)['active_params']
     for name in config_files.NAMES
     if name.startswith('quickstart:')
   ]

@@ -69,7 +69,7 @@ def test_identity_experts_give_the_input_back(rng, kind):
   plan = _plans(expert_index)[kind]
   y = plan.combine(plan.matmul(plan.dispatch(x), identity))
   chex.assert_trees_all_equal(y, x)
-  assert plan.dropped_fraction == 0
+  assert plan.dropped is None or not plan.dropped.any()
 
 
 def test_capacity_drops_the_latest_tokens_of_an_expert():
@@ -79,7 +79,7 @@ def test_capacity_drops_the_latest_tokens_of_an_expert():
   x = jnp.arange(1.0, 6.0)[:, None]
   np.testing.assert_array_equal(plan.dispatch(x)[:, 0], [1, 2, 3, 5])
   np.testing.assert_array_equal(plan.combine(plan.dispatch(x))[:, 0], [1, 2, 3, 0, 5])
-  assert plan.dropped_fraction == pytest.approx(1 / 5)
+  np.testing.assert_array_equal(plan.dropped[:, 0], [0, 0, 0, 1, 0])
 
 
 def test_first_choices_come_before_second_choices():
@@ -87,10 +87,9 @@ def test_first_choices_come_before_second_choices():
   # first choices win, though token 0 stands earlier.
   expert_index = jnp.array([[0, 1], [1, 0], [1, 0]])
   plan = dispatch.capacity_plan(expert_index, 2, expert_capacity=2)
-  kept = np.asarray(plan.assignment_row) < 4
   # Expert 0: token 0 first, then token 1's second choice. Expert 1: tokens 1 and 2.
-  np.testing.assert_array_equal(kept, [[True, False], [True, True], [True, False]])
-  assert plan.dropped_fraction == pytest.approx(2 / 6)
+  np.testing.assert_array_equal(plan.dropped, [[0, 1], [0, 0], [0, 1]])
+  np.testing.assert_array_equal(plan.assignment_row == 4, plan.dropped)
 
 
 def test_tokens_outside_the_mask_take_no_place():
@@ -99,7 +98,7 @@ def test_tokens_outside_the_mask_take_no_place():
   plan = dispatch.capacity_plan(expert_index, 2, expert_capacity=2, mask=mask)
   x = jnp.arange(1.0, 5.0)[:, None]
   np.testing.assert_array_equal(plan.combine(plan.dispatch(x))[:, 0], [0, 2, 0, 4])
-  assert plan.dropped_fraction == 0
+  assert not plan.dropped.any()
 
 
 def test_router_groups_do_not_see_each_other(rng):
@@ -114,10 +113,74 @@ def test_router_groups_do_not_see_each_other(rng):
   y = whole.combine(whole.dispatch(x))
   expected = [plan.combine(plan.dispatch(part)) for plan, part in zip(parts, (x[:half], x[half:]))]
   chex.assert_trees_all_equal(y, jnp.concatenate(expected))
-  assert whole.dropped_fraction > 0
-  np.testing.assert_allclose(
-    whole.dropped_fraction, np.mean([plan.dropped_fraction for plan in parts]), rtol=1e-6
+  assert whole.dropped.any()
+  np.testing.assert_array_equal(whole.dropped, jnp.concatenate([plan.dropped for plan in parts]))
+
+
+@pytest.mark.parametrize('kind', ['dense', 'dropless', 'capacity'])
+def test_the_index_after_the_last_is_no_expert(rng, kind):
+  expert_index = jnp.array([[1], [_EXPERTS], [0], [_EXPERTS], [1]])
+  x = jax.random.normal(rng, (5, _IN))
+  plan = _plans(expert_index, capacity=5)[kind]
+  weights = jax.random.normal(rng, (_EXPERTS, _IN, _OUT))
+
+  def run(x):
+    return plan.combine(plan.matmul(plan.dispatch(x), weights))
+
+  expected = jnp.einsum('tm,tmf->tf', x, weights[expert_index[:, 0] % _EXPERTS])
+  expected = jnp.where(expert_index < _EXPERTS, expected, 0)
+  tolerances.assert_close(run(x), expected, rtol=tolerances.FLOAT32_REORDERED)
+  gradient = jax.grad(lambda x: jnp.sum(run(x)))(x)
+  reached = np.abs(gradient).sum(axis=1) > 0
+  np.testing.assert_array_equal(reached, expert_index[:, 0] < _EXPERTS)
+  assert plan.dropped is None or not plan.dropped.any()
+
+
+def test_experts_choose_their_best_tokens():
+  # Expert 0 scores tokens 1 and 3 highest, expert 1 tokens 3 and 0: nobody chooses token 2.
+  scores = jnp.array([[0.2, 0.8], [0.9, 0.1], [0.3, 0.2], [0.6, 0.9]])
+  plan = dispatch.expert_choice_plan(scores, expert_capacity=2)
+  np.testing.assert_array_equal(plan.row_token, [1, 3, 3, 0])
+  np.testing.assert_array_equal(plan.chosen(), [[0, 1], [1, 0], [0, 0], [1, 1]])
+  np.testing.assert_array_equal(plan.dropped, [[0, 0], [0, 0], [1, 1], [0, 0]])
+  x = jnp.arange(1.0, 5.0)[:, None]
+  y = plan.combine(plan.matmul(plan.dispatch(x), jnp.ones((2, 1, 1))), scores)
+  np.testing.assert_allclose(y[:, 0], [0.8 * 1, 0.9 * 2, 0, (0.6 + 0.9) * 4], rtol=1e-6)
+
+
+def test_expert_choice_equals_every_expert_on_every_token(rng):
+  # With capacity for all, every expert takes every token: the dense oracle with top_k = E.
+  keys = jax.random.split(rng, 3)
+  scores = jax.random.uniform(keys[0], (_TOKENS, _EXPERTS))
+  x = jax.random.normal(keys[1], (_TOKENS, _IN))
+  weights = jax.random.normal(keys[2], (_EXPERTS, _IN, _OUT))
+  everyone = jnp.broadcast_to(jnp.arange(_EXPERTS), scores.shape)
+
+  def run(x, weights, scores, chosen):
+    plan = (
+      dispatch.expert_choice_plan(scores, expert_capacity=_TOKENS)
+      if chosen
+      else dispatch.dense_plan(everyone, _EXPERTS)
+    )
+    return jnp.sum(jnp.sin(_layer(plan, x, weights, scores)))
+
+  actual, expected = (
+    jax.value_and_grad(run, argnums=(0, 1, 2))(x, weights, scores, chosen)
+    for chosen in (True, False)
   )
+  tolerances.assert_close(actual, expected, rtol=tolerances.FLOAT32_REORDERED)
+
+
+def test_experts_choose_in_each_group_and_padding_last(rng):
+  scores = jax.random.uniform(rng, (_TOKENS, _EXPERTS))
+  half = _TOKENS // 2
+  whole = dispatch.expert_choice_plan(scores, expert_capacity=3, num_groups=2)
+  parts = [dispatch.expert_choice_plan(part, expert_capacity=3) for part in jnp.split(scores, 2)]
+  np.testing.assert_array_equal(whole.chosen(), jnp.concatenate([p.chosen() for p in parts]))
+  mask = jnp.arange(_TOKENS) < half
+  masked = dispatch.expert_choice_plan(scores, expert_capacity=3, mask=mask)
+  np.testing.assert_array_equal(masked.chosen()[:half], parts[0].chosen())
+  assert not masked.chosen()[half:].any()
 
 
 @settings(max_examples=50, deadline=None)

@@ -2,33 +2,96 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from ssm_moe.config import RoutingConfig
 from ssm_moe.layers import router as router_lib
 from tests import tolerances
 
 
-def _router(kernel, top_k, x):
+def _router(kernel, x, bias=None, **fields):
   kernel = jnp.asarray(kernel, jnp.float32)
-  router = router_lib.Router(kernel.shape[1], top_k, lambda *_: kernel)
-  return router.init_with_output(jax.random.key(0), x)[0]
+  config = RoutingConfig(num_experts=kernel.shape[1], **fields)
+  params = {'kernel': kernel} | ({} if bias is None else {'selection_bias': jnp.asarray(bias)})
+  return router_lib.Router(config, lambda *_: kernel).apply({'params': params}, x)
 
 
 def test_hand_worked_routes():
   # logits = log of (1, 2, 5): probabilities 1/8, 2/8, 5/8.
-  routing = _router([[0, math.log(2), math.log(5)]], 2, jnp.ones((1, 1)))
-  np.testing.assert_array_equal(routing.expert_index, [[2, 1]])
-  np.testing.assert_allclose(routing.combine_weights, [[5 / 8, 2 / 8]], rtol=1e-6)
+  kernel, x = [[0, math.log(2), math.log(5)]], jnp.ones((1, 1))
+  routing = _router(kernel, x, top_k=2)
+  np.testing.assert_array_equal(routing.routes.expert_index, [[2, 1]])
+  np.testing.assert_allclose(routing.routes.combine_weights, [[5 / 8, 2 / 8]], rtol=1e-6)
   np.testing.assert_allclose(routing.router_probs, [[1 / 8, 2 / 8, 5 / 8]], rtol=1e-6)
+  routing = _router(kernel, x, top_k=2, weights='renormalized')
+  np.testing.assert_allclose(routing.routes.combine_weights, [[5 / 7, 2 / 7]], rtol=1e-6)
+
+
+def test_hand_worked_sigmoid_scores():
+  # sigmoid(log 1, log 2, log 5) = 1/2, 2/3, 5/6: they add up to 2.
+  kernel, x = [[0, math.log(2), math.log(5)]], jnp.ones((1, 1))
+  routing = _router(kernel, x, top_k=2, score='sigmoid')
+  np.testing.assert_array_equal(routing.routes.expert_index, [[2, 1]])
+  np.testing.assert_allclose(routing.routes.combine_weights, [[5 / 6, 2 / 3]], rtol=1e-6)
+  np.testing.assert_allclose(routing.router_probs, [[1 / 4, 1 / 3, 5 / 12]], rtol=1e-6)
+
+
+def test_the_bias_selects_and_does_not_weigh():
+  kernel, x = [[0, math.log(2), math.log(5)]], jnp.ones((1, 1))
+  settings = {'top_k': 1, 'score': 'sigmoid', 'selection_bias_rate': 0.1}
+  routing = _router(kernel, x, bias=[0.4, 0.0, 0.0], **settings)  # 0.9 against 5/6
+  np.testing.assert_array_equal(routing.routes.expert_index, [[0]])
+  np.testing.assert_allclose(routing.routes.combine_weights, [[1 / 2]], rtol=1e-6)
+
+  def loss(params):
+    config = RoutingConfig(num_experts=3, **settings)
+    router = router_lib.Router(config, nn.initializers.zeros)
+    return jnp.sum(router.apply({'params': params}, x).routes.combine_weights)
+
+  gradient = jax.grad(loss)({'kernel': jnp.array(kernel), 'selection_bias': jnp.zeros(3)})
+  np.testing.assert_array_equal(gradient['selection_bias'], 0)
+  assert np.abs(gradient['kernel']).max() > 0
+
+
+def test_the_bias_moves_against_the_load():
+  # Shares of 1/4: the first has more, the second has less, the others have theirs.
+  load = jnp.array([[0.5, 0.0, 0.25, 0.25]])
+  moved = router_lib.move_selection_bias(jnp.ones((1, 4)), load, rate=0.01)
+  np.testing.assert_allclose(moved, [[0.99, 1.01, 1.0, 1.0]], rtol=1e-6)
+
+
+def test_routes_are_replayed():
+  x = jnp.ones((1, 1))
+  routes = router_lib.Routes(jnp.array([[0]]), jnp.array([[0.3]]))
+  config = RoutingConfig(num_experts=3)
+  params = {'kernel': jnp.array([[0.0, 1.0, 2.0]])}
+  router = router_lib.Router(config, nn.initializers.zeros)
+  routing = router.apply({'params': params}, x, routes=routes)
+  chex.assert_trees_all_equal(routing.routes, routes)
+
+
+def test_a_token_below_the_threshold_takes_the_fallback():
+  kernel = [[0, math.log(2), math.log(5)], [0, 0, 0]]
+  x = jnp.eye(2)  # best probabilities 5/8 and 1/3
+  routing = _router(kernel, x, fallback_threshold=0.5)
+  np.testing.assert_array_equal(routing.routes.expert_index, [[2], [3]])
+  np.testing.assert_array_equal(routing.fallback, [False, True])
+  aux = router_lib.routing_aux(routing, None)
+  assert aux.fallback_fraction == 0.5
+  np.testing.assert_array_equal(aux.expert_load, [0, 0, 1])  # of what went to experts
 
 
 def test_arithmetic_is_float32_for_bfloat16_inputs():
-  routing = _router([[1.0, 0.0]], 1, jnp.ones((1, 1), jnp.bfloat16))
+  # In bfloat16 the product would be 1.
+  routing = _router([[1.001, 0.0]], jnp.ones((1, 1), jnp.bfloat16))
   assert routing.router_logits.dtype == jnp.float32
-  assert routing.combine_weights.dtype == jnp.float32
+  assert routing.routes.combine_weights.dtype == jnp.float32
+  np.testing.assert_allclose(routing.router_logits[0, 0], 1.001, rtol=1e-6)
 
 
 @pytest.mark.parametrize('top_k', [1, 2, 4])
@@ -66,8 +129,8 @@ def test_entropy_at_uniform_and_at_certain_routing():
 def _aux(logits, mask=None):
   probs = jax.nn.softmax(logits)
   weights, index = jax.lax.top_k(probs, 1)
-  routing = router_lib.Routing(logits, probs, index, weights)
-  return router_lib.routing_aux(routing, jnp.zeros(()), mask)
+  routing = router_lib.Routing(router_lib.Routes(index, weights), logits, probs)
+  return router_lib.routing_aux(routing, None, mask)
 
 
 def test_masked_tokens_change_nothing():

@@ -8,7 +8,15 @@ import pytest
 from flax import linen as nn
 from jax.extend import core as jex_core
 
-from ssm_moe.config import MambaConfig, ModelConfig, MoEConfig, RoMConfig
+from ssm_moe.config import (
+  AttentionConfig,
+  Mamba2Config,
+  MambaConfig,
+  MLPConfig,
+  ModelConfig,
+  MoEConfig,
+  RoMConfig,
+)
 from ssm_moe.models import accounting, lm
 from tests import config_files
 
@@ -22,22 +30,26 @@ def _size(tree):
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def _account(config):
+  return accounting.account(config, sequence_length=1024)
+
+
 def _moe_mamba(num_experts):
   config = config_files.load('moe_mamba_26m').model
   return dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=num_experts))
 
 
 def test_moe_mamba_counts_of_the_paper():
-  account = accounting.account(_moe_mamba(32))
+  account = _account(_moe_mamba(32))
   assert account['non_embedding_params'] == 416_358_400
   assert account['active_non_embedding_params'] == 26_288_128
-  assert accounting.account(_moe_mamba(42))['non_embedding_params'] == 542_228_480
+  assert _account(_moe_mamba(42))['non_embedding_params'] == 542_228_480
 
 
 def test_mamba_and_rom_counts_of_the_ladder():
-  dense = accounting.account(config_files.load('mamba_115m').model)
+  dense = _account(config_files.load('mamba_115m').model)
   assert dense['total_params'] == dense['active_params'] == 115_096_320
-  routed = accounting.account(config_files.load('rom_115m').model)
+  routed = _account(config_files.load('rom_115m').model)
   assert routed['total_params'] == 709_786_368
   assert routed['active_params'] == 115_243_776
 
@@ -45,7 +57,7 @@ def test_mamba_and_rom_counts_of_the_ladder():
 @pytest.mark.parametrize('name', config_files.NAMES)
 def test_equals_the_tree_of_every_config(name):
   config = config_files.load(name).model
-  assert accounting.account(config)['total_params'] == _size(_shapes(config))
+  assert _account(config)['total_params'] == _size(_shapes(config))
 
 
 def _matmul_flops(jaxpr):
@@ -69,6 +81,37 @@ def _product(sizes):
   return result
 
 
+_ROMS = {
+  'all': {'expert_projections': ('conv', 'gate', 'out', 'x', 'dt')},
+  'bottleneck': {'kind': 'independent', 'weight_at': 'each', 'bottleneck': 6, 'top_k': 2},
+  'bias_and_fallback': {'selection_bias_rate': 0.1, 'fallback_threshold': 0.1},
+  'period': {'kind': 'period'},
+}
+
+
+@pytest.mark.parametrize('name', _ROMS)
+def test_equals_the_tree_of_every_kind_of_layer(name):
+  rom = RoMConfig(**({'kind': 'shared', 'num_experts': 4} | _ROMS[name]))
+  config = ModelConfig(
+    vocab_size=50,
+    d_model=16,
+    num_periods=2,
+    pattern='M+E S F m A s W M E',
+    mamba=MambaConfig(rom=rom),
+    mamba2=Mamba2Config(head_dim=4, d_state=6, num_groups=2, rom=rom),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=4),
+    mlp=MLPConfig(activation='swiglu'),
+    moe=MoEConfig(num_experts=4, num_shared_experts=1, selection_bias_rate=0.1),
+  )
+  assert _account(config)['total_params'] == _size(_shapes(config))
+
+
+def test_mean_context_is_counted():
+  for length, window in ((7, None), (7, 3), (7, 7), (7, 9), (1, 3)):
+    seen = [min(t + 1, window or length) for t in range(length)]
+    assert accounting.mean_context(length, window) == pytest.approx(sum(seen) / length)
+
+
 @pytest.mark.parametrize('num_experts', [1, 4])
 def test_flops_equal_counted_matmuls(num_experts):
   # The dense dispatch computes every expert: with top_k = num_experts that is the closed form's
@@ -78,7 +121,7 @@ def test_flops_equal_counted_matmuls(num_experts):
   config = ModelConfig(
     d_model=32, num_periods=2, pattern='ME', mamba=MambaConfig(rom=rom), moe=moe, vocab_size=50
   )
-  costs = accounting.by_component(config)
+  costs = accounting.by_component(config, 24)
   tokens = 24
   expected = tokens * sum(
     cost.flops_per_token for name, cost in costs.items() if name not in ('mamba_scan', 'mamba_conv')
@@ -97,7 +140,9 @@ def test_flops_equal_counted_matmuls(num_experts):
 
 def test_top_k_scales_the_expert_part_only():
   one, two = (
-    accounting.by_component(ModelConfig(pattern='ME', moe=MoEConfig(num_experts=8, top_k=top_k)))
+    accounting.by_component(
+      ModelConfig(pattern='ME', moe=MoEConfig(num_experts=8, top_k=top_k)), 1024
+    )
     for top_k in (1, 2)
   )
   assert two['moe_experts'].active_params == 2 * one['moe_experts'].active_params

@@ -103,7 +103,7 @@ class TestWhole:
     assert [row['step'] for row in trained] == [2, 4, 6, 7]
     assert [row['step'] for row in evaluations] == [3, 6, 7]
     assert [row['step'] for row in rows] == [2, 3, 4, 6, 6, 7, 7]
-    flops = accounting.account(config.model)['flops_per_token_train']
+    flops = accounting.account(config.model, small_run.LENGTH)['flops_per_token_train']
     for row in rows:
       assert row['tokens'] == row['step'] * small_run.ROWS * small_run.LENGTH
       assert row['flops'] == row['tokens'] * flops

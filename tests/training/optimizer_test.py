@@ -17,24 +17,23 @@ def _params():
     num_periods=1,
     tie_embeddings=False,
     norm=NormConfig(kind='layer'),
-    mamba=MambaConfig(rom=RoMConfig(kind='shared', num_experts=2)),
+    mamba=MambaConfig(rom=RoMConfig(kind='shared', num_experts=2, selection_bias_rate=0.1)),
   )
   return jax.jit(lm.LM(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))['params']
 
 
 def test_what_decays_is_named_by_parameter():
   mask = decay_mask(nn.unbox(_params()))
-  decays = {
-    jax.tree_util.keystr(path, simple=True, separator='/').rpartition('/')[2]
-    if 'expert' not in str(path)
-    else 'experts'
-    for path, value in jax.tree.leaves_with_path(mask)
-    if value
-  }
-  matrices = {'embedding', 'head', 'x_proj', 'dt_proj', 'conv1d_kernel', 'wi', 'wo', 'kernel'}
-  assert decays == matrices | {'experts'}
+  decays = {path[-1].key for path, value in jax.tree.leaves_with_path(mask) if value}
+  assert decays == {'embedding', 'head', 'kernel', 'conv1d_kernel', 'wi', 'wo'}
   kept = {path[-1].key for path, value in jax.tree.leaves_with_path(mask) if not value}
-  assert kept == {'A_log', 'D', 'dt_bias', 'conv1d_bias', 'scale', 'bias'}
+  assert kept == {'A_log', 'D', 'dt_bias', 'conv1d_bias', 'scale', 'bias', 'selection_bias'}
+
+
+def test_what_is_not_learnt_never_decays():
+  mask = decay_mask(nn.unbox(_params()), 'all')
+  kept = {path[-1].key for path, value in jax.tree.leaves_with_path(mask) if not value}
+  assert kept == {'selection_bias'}
 
 
 def test_boxes_do_not_change_the_mask():

@@ -57,6 +57,7 @@ def test_layers_are_in_the_order_of_depth():
       expert_load=load,
       router_entropy=20 * load[:, 0],
       dropped_fraction=load[:, 0],
+      fallback_fraction=load[:, 0],
     )
     for name, load in _loads().items()
   }

@@ -30,7 +30,8 @@ def grouped_matmul(
   Args:
     rows: Sorted by group: the first group_sizes[0] rows belong to group 0, and so on.
     weights: One matrix for each group, in the dtype of `rows`.
-    group_sizes: Rows of each group; any may be zero. They add up to S.
+    group_sizes: Rows of each group; any may be zero. They add up to S or less; what is left of the
+      rows belongs to no group, and its products are zero.
     implementation: 'auto' selects by backend; a name never falls back to another.
 
   Returns:

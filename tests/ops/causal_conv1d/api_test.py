@@ -1,3 +1,5 @@
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -86,3 +88,62 @@ def test_no_gradient_from_later_tokens_or_other_documents(inputs):
     reached = np.abs(jax.grad(one_output)(x, t)).sum(axis=(0, 2)) > 0
     start = max(t - _WIDTH + 1, 5 if t >= 5 else 0)
     np.testing.assert_array_equal(np.flatnonzero(reached), np.arange(start, t + 1))
+
+
+@pytest.mark.parametrize(
+  'ids',
+  [
+    # An id may come back; documents shorter than the filter; ids in no order.
+    [0, 1, 0, 0, 0, 1, 1, 0, 1, 0, 2, 2, 0],
+    [7, 7, 3, 3, 3, 3, 3, 7, 7, 7, 3, 7, 7],
+    [5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 4],
+    [1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2],
+  ],
+)
+@pytest.mark.parametrize('width', [1, 2, 4, 6])
+def test_a_document_ends_where_the_id_changes(inputs, ids, width):
+  x, kernel, bias, state = inputs
+  kernel, state = jnp.tile(kernel, (2, 1))[:width], jnp.tile(state, (1, 2, 1))[:, : width - 1]
+  segment_ids = jnp.broadcast_to(jnp.array(ids), (_BATCH, _LENGTH))
+  packed, last = causal_conv1d(x, kernel, bias, segment_ids=segment_ids, state=state)
+  cuts = [0, *(np.flatnonzero(np.diff(ids)) + 1), _LENGTH]
+  alone = []
+  for start, stop in itertools.pairwise(cuts):
+    y, end = causal_conv1d(x[:, start:stop], kernel, bias, state=None if start else state)
+    alone.append(y)
+  chex.assert_trees_all_equal(packed, jnp.concatenate(alone, axis=1))
+  chex.assert_trees_all_equal(last, end)
+
+
+def test_the_document_of_the_state_may_end_before_the_state_is_used_up(inputs):
+  # Fewer tokens than the state holds: what is kept of the former state is of the same document.
+  x, kernel, bias, state = inputs
+  ones = jnp.ones((_BATCH, 2), jnp.int32)
+  _, last = causal_conv1d(x[:, :2], kernel, bias, segment_ids=ones, state=state)
+  chex.assert_trees_all_equal(last, jnp.concatenate([state[:, 2:], x[:, :2]], axis=1))
+  changed = ones.at[:, 1].set(2)
+  _, last = causal_conv1d(x[:, :2], kernel, bias, segment_ids=changed, state=state)
+  chex.assert_trees_all_equal(last, jnp.zeros_like(state).at[:, 2].set(x[:, 1]))
+
+
+@pytest.mark.parametrize(
+  ('change', 'error', 'message'),
+  [
+    (dict(x=jnp.ones((5, 6))), ValueError, r'x has shape \(5, 6\); it must be \[B, L, D\]'),
+    (dict(x=jnp.ones((2, 0, 6))), ValueError, 'x has length 0'),
+    (dict(kernel=jnp.ones(6)), ValueError, r'kernel has shape \(6,\); it must be \[W, D\]'),
+    (dict(kernel=jnp.ones((0, 6))), ValueError, 'kernel has width 0'),
+    (dict(kernel=jnp.ones((4, 1))), ValueError, r'kernel has shape \(4, 1\); .* = \(4, 6\)'),
+    (dict(kernel=jnp.ones((3, 6))), ValueError, r'state has shape \(2, 3, 6\); .* = \(2, 2, 6\)'),
+    (dict(bias=jnp.ones(1)), ValueError, r'bias has shape \(1,\); it must be \[D\] = \(6,\)'),
+    (dict(state=jnp.ones((2, 4, 6))), ValueError, r'state has shape \(2, 4, 6\)'),
+    (dict(segment_ids=jnp.ones((1, 13), int)), ValueError, r'segment_ids has shape \(1, 13\)'),
+    (dict(segment_ids=jnp.ones((2, 13))), TypeError, 'segment_ids is float32; it must be integer'),
+    (dict(x=jnp.ones((2, 13, 6), int)), TypeError, 'x is int32; it must be floating point'),
+    (dict(bias=jnp.ones(6, int)), TypeError, 'bias is int32; it must be floating point'),
+  ],
+)
+def test_what_does_not_fit_is_refused(inputs, change, error, message):
+  arrays = dict(zip(('x', 'kernel', 'bias', 'state'), inputs)) | change
+  with pytest.raises(error, match=f'causal_conv1d: {message}'):
+    causal_conv1d(**arrays)

@@ -1,0 +1,112 @@
+"""Between dataclasses and what users write: config files, flags, JSON."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+from ml_collections import config_dict
+
+from ssm_moe.config.checks import ConfigError
+from ssm_moe.config.experiment import ExperimentConfig
+
+_Dataclass = TypeVar('_Dataclass')
+
+
+def defaults(cls: type = ExperimentConfig) -> config_dict.ConfigDict:
+  """Returns every field of `cls` at its default, for a config file to change."""
+  values = config_dict.ConfigDict()
+  for field in dataclasses.fields(cls):
+    kind = field.type
+    if dataclasses.is_dataclass(kind):
+      values[field.name] = defaults(kind)
+    elif isinstance(kind, types.UnionType):
+      scalar = typing.get_args(kind)[0]
+      values[field.name] = config_dict.placeholder(scalar)
+      if field.default is not None:
+        values[field.name] = field.default
+    else:
+      values[field.name] = field.default
+  return values
+
+
+def from_config_dict(
+  values: config_dict.ConfigDict | dict[str, Any],
+  cls: type[_Dataclass] = ExperimentConfig,
+  path: str = 'config',
+) -> _Dataclass:
+  """Builds the dataclass `cls` from nested mappings.
+
+  Args:
+    values: May leave fields out; they take their defaults.
+    cls: The dataclass to build.
+    path: Dotted name of `values` in the whole config, for messages.
+
+  Raises:
+    ConfigError: an unknown key, a value of the wrong type or a contradiction; one line that names
+      the key and what is allowed.
+  """
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  for name in values:
+    check_key(f'{path}.{name}', name, cls)
+  converted = {
+    name: _convert(value, fields[name].type, f'{path}.{name}') for name, value in values.items()
+  }
+  try:
+    return cls(**converted)
+  except ConfigError as error:
+    raise ConfigError(f'{path}.{error}') from None
+
+
+def check_key(path: str, rest: str, cls: type = ExperimentConfig) -> None:
+  """Checks that the dotted name `rest` is a field below `cls`.
+
+  Args:
+    path: The whole name, for the message.
+    rest: The part of it that is below `cls`.
+
+  Raises:
+    ConfigError: it is not; names the fields there are.
+  """
+  name, _, deeper = rest.partition('.')
+  kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+  if name not in kinds:
+    raise ConfigError(f'{path} does not exist; below {cls.__name__} there are: {", ".join(kinds)}')
+  if deeper:
+    if not dataclasses.is_dataclass(kinds[name]):
+      raise ConfigError(f'{path} does not exist; {name} has no fields')
+    check_key(path, deeper, kinds[name])
+
+
+def from_flag(values: config_dict.ConfigDict | None) -> ExperimentConfig:
+  """Builds the experiment that `--config=FILE` and its overrides describe.
+
+  Raises:
+    ConfigError: no file was given, or as `from_config_dict`.
+  """
+  if values is None:
+    raise ConfigError(
+      '--config is missing, or its get_config returns nothing; give a file, such as '
+      'experiments/configs/quickstart.py'
+    )
+  return from_config_dict(values)
+
+
+def _convert(value: Any, kind: Any, path: str) -> Any:
+  if dataclasses.is_dataclass(kind):
+    if not hasattr(value, 'items'):
+      raise ConfigError(f'{path} is {value!r}; it is a group of fields, set one of them')
+    return from_config_dict(value, kind, path)
+  return value  # the dataclass checks the rest
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """Returns a dataclass as plain nested dictionaries and lists, as JSON holds them."""
+  result = dataclasses.asdict(config)
+
+  def plain(value):
+    if isinstance(value, dict):
+      return {key: plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+  return plain(result)

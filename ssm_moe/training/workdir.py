@@ -1,0 +1,146 @@
+"""The folder of a run: tried before the work begins, held by one process, never another's.
+
+A run may write over config.json, metrics.jsonl and its figures only if they are its own, or those
+of a run that came to no checkpoint. WORKDIR/lock is there while a process trains and holds its id;
+the lock itself belongs to the kernel, so that a kill frees it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+
+from absl import logging
+
+from ssm_moe.config import ExperimentConfig, from_config_dict, to_dict
+from ssm_moe.errors import UserError
+from ssm_moe.training import durable
+from ssm_moe.training.metrics import read_metrics
+
+_FILES = ('config.json', 'metrics.jsonl', 'loss.png', 'expert_load.png')
+_FOLDERS = ('checkpoints', 'tensorboard')
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+  """Makes the folder, tries that it can be written, and keeps other processes out of it.
+
+  Folders made here are removed at the end if nothing has been written to them.
+
+  Raises:
+    UserError: it cannot be made or written, or another process trains in it.
+  """
+  made: list[pathlib.Path] = []
+  try:
+    try:
+      made = [path for path in (workdir, *workdir.parents) if not os.path.lexists(path)]
+      if not made and not workdir.is_dir():
+        raise UserError(f'{workdir}: the workdir is a file; give a folder, or a path that is free')
+      workdir.mkdir(parents=True, exist_ok=True)
+      _check_kinds(workdir)
+      descriptor = _lock(workdir)
+    except OSError as error:
+      raise UserError(f'{workdir}: the workdir cannot be written ({error.strerror})') from error
+    try:
+      yield
+    finally:
+      # Still locked: whoever has opened this file meanwhile finds that it is no longer in its place.
+      (workdir / 'lock').unlink(missing_ok=True)
+      os.close(descriptor)
+  finally:
+    with contextlib.suppress(OSError):
+      for path in made:
+        path.rmdir()
+
+
+def check_own(workdir: pathlib.Path) -> None:
+  """Checks a folder without checkpoints: what is in the way must be of a run of this library.
+
+  Raises:
+    UserError: names the file that would be written over.
+  """
+  there = [workdir / name for name in _FILES if (workdir / name).exists()]
+  if there and _read_config(workdir) is None:
+    raise UserError(
+      f'{there[0]} is there and of no run that ssm_moe knows, but a run would write over it; '
+      'give another workdir'
+    )
+
+
+def set_aside(workdir: pathlib.Path) -> list[str]:
+  """Keeps, under other names, the config and the metrics of a run whose checkpoints are gone.
+
+  Those of a run that was stopped before its first checkpoint stay, to be written over: the run that
+  begins now does the same steps again.
+
+  Args:
+    workdir: Without checkpoints, and found to be a run's by `check_own`.
+
+  Returns:
+    What to tell the user.
+  """
+  config, metrics = _read_config(workdir), workdir / 'metrics.jsonl'
+  steps = [row['step'] for row in read_metrics(metrics)] if metrics.exists() else []
+  if not steps or max(steps) < min(config.train.checkpoint_every, config.train.num_steps):
+    return []
+  # A number is looked for that is free: nothing that was set aside is lost the next time.
+  number, suffix = 1, '.old'
+  while any(os.path.lexists(workdir / (name + suffix)) for name in _FILES[:2]):
+    number += 1
+    suffix = f'.old{number}'
+  for name in _FILES[:2]:
+    (workdir / name).rename(workdir / (name + suffix))
+  return [
+    f'the run that was in {workdir} has no checkpoint, so another begins; its metrics, up to step '
+    f'{max(steps)}, and its config are kept as metrics.jsonl{suffix} and config.json{suffix}'
+  ]
+
+
+def write_config(workdir: pathlib.Path, config: ExperimentConfig) -> None:
+  """Writes WORKDIR/config.json."""
+  durable.write(workdir / 'config.json', json.dumps(to_dict(config), indent=2).encode() + b'\n')
+
+
+def _read_config(workdir: pathlib.Path) -> ExperimentConfig | None:
+  """Returns what `write_config` wrote; None if it did not."""
+  try:
+    values = json.loads((workdir / 'config.json').read_bytes())
+    whole = isinstance(values, dict) and values.keys() == to_dict(ExperimentConfig()).keys()
+    return from_config_dict(values) if whole else None
+  except (OSError, ValueError, RecursionError):
+    return None
+
+
+def _check_kinds(workdir: pathlib.Path) -> None:
+  for name in _FOLDERS:
+    path = workdir / name
+    if os.path.lexists(path) and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
+      raise UserError(f'{path}: not a folder that can be written; give another workdir')
+  for name in _FILES:
+    path = workdir / name
+    if os.path.lexists(path) and not (path.is_file() and os.access(path, os.W_OK)):
+      raise UserError(f'{path}: not a file that can be written; give another workdir')
+
+
+def _lock(workdir: pathlib.Path) -> int:
+  """Returns the descriptor that holds the lock until it is closed."""
+  path = workdir / 'lock'
+  while True:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+      _lock_file(descriptor, workdir)
+      if not re.fullmatch(rb'\d*\n?', os.pread(descriptor, 100, 0)):
+        raise UserError(f'{path} is of no run of ssm_moe; give another workdir')
+      # The process that held the lock before may have removed this file after it was opened here.
+      if path.exists() and os.path.sameopenfile(descriptor, descriptor_of := os.open(path, 0)):
+        os.close(descriptor_of)
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f'{os.getpid()}\n'.encode(), 0)
+        return descriptor
+    except BaseException:
+      os.close(descriptor)
+      raise
+    os.close(descriptor)

@@ -1,0 +1,96 @@
+"""The chunked form equals the reference on every case: values, and gradients of all inputs."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ssm_moe.ops.ssd import api, cases, chunked
+from tests.tolerances import BY_DTYPE, assert_close
+
+
+def value_and_gradients(function, arguments, cotangents):
+  """Returns (y, last state) and the cotangent of every floating argument, by name."""
+  floating = {
+    name: v
+    for name, v in arguments.items()
+    if isinstance(v, jax.Array) and jnp.issubdtype(v.dtype, jnp.floating)
+  }
+  rest = {name: v for name, v in arguments.items() if name not in floating}
+  rest.pop('dt_softplus')
+
+  @jax.jit
+  def run(floating, rest, cotangents):
+    outputs, pullback = jax.vjp(
+      lambda floating: function(**floating, **rest, dt_softplus=arguments['dt_softplus']), floating
+    )
+    return outputs, pullback(cotangents)[0]
+
+  return run(floating, rest, cotangents)
+
+
+@functools.cache
+def expected_results(case):
+  arguments = cases.make_inputs(case, jax.random.key(1))
+  cotangents = cases.make_cotangents(case, jax.random.key(2))
+  reference = functools.partial(api.ssd, implementation='reference')
+  return arguments, cotangents, value_and_gradients(reference, arguments, cotangents)
+
+
+@pytest.mark.parametrize('case', cases.CASES, ids=lambda case: case.name)
+def test_equals_reference_in_values_and_gradients(case):
+  arguments, cotangents, expected = expected_results(case)
+  function = functools.partial(api.ssd, implementation='chunked')
+  actual = value_and_gradients(function, arguments, cotangents)
+  (y, h), gradients = actual
+  chex.assert_type(y, arguments['x'].dtype)
+  chex.assert_type(h, jnp.float32)
+  for name, gradient in gradients.items():
+    chex.assert_type(gradient, arguments[name].dtype)
+  assert_close(actual, expected, rtol=BY_DTYPE[case.dtype], what=case.name)
+
+
+@pytest.mark.parametrize('chunk_size', [1, 5, 64, 256])
+def test_result_does_not_depend_on_chunk_size(chunk_size):
+  case = next(case for case in cases.CASES if case.name == 'all_129')
+  arguments, cotangents, expected = expected_results(case)
+  function = functools.partial(chunked.ssd, chunk_size=chunk_size)
+  actual = value_and_gradients(function, arguments, cotangents)
+  assert_close(actual, expected, rtol=BY_DTYPE[case.dtype])
+
+
+def test_heads_of_a_group_share_B_and_C():
+  case = cases.Case(name='groups', length=9, num_heads=6, num_groups=2)
+  arguments = cases.make_inputs(case, jax.random.key(3))
+  # One group a head, with the group's B and C written out for each of its three heads.
+  one_each = {name: jnp.repeat(arguments[name], 3, axis=2) for name in ('B', 'C')}
+  for implementation in ('reference', 'chunked'):
+    ssd = functools.partial(api.ssd, implementation=implementation)
+    expected = ssd(**{**arguments, **one_each})
+    assert_close(ssd(**arguments), expected, rtol=BY_DTYPE[case.dtype], what=implementation)
+
+
+class WithAndWithoutJit(chex.TestCase):
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_equals_reference(self):
+    case = cases.Case(
+      name='jit', length=7, D=True, dt_bias=True, dt_softplus=True, h0=True, segments=2
+    )
+    arguments, cotangents, (expected, expected_gradients) = expected_results(case)
+    softplus = arguments['dt_softplus']
+    arrays = {name: v for name, v in arguments.items() if name != 'dt_softplus'}
+    x = arrays.pop('x')
+    for implementation in ('reference', 'chunked'):
+
+      @self.variant
+      def run(x, arrays, cotangents, implementation=implementation):
+        outputs, pullback = jax.vjp(
+          lambda x: api.ssd(x=x, **arrays, dt_softplus=softplus, implementation=implementation), x
+        )
+        return outputs, pullback(cotangents)[0]
+
+      outputs, dx = run(x, arrays, cotangents)
+      assert_close(outputs, expected, rtol=BY_DTYPE['float32'], what=implementation)
+      assert_close(dx, expected_gradients['x'], rtol=BY_DTYPE['float32'], what=implementation)

@@ -118,6 +118,8 @@ def main():
   if not any(chosen):
     names = ', '.join(f'{op.name}/{name}' for op in ops for name in op.implementations)
     raise UserError(f'--filter={_FILTER.value} fits none of: {names}')
+  if _OUTPUT.value is not None:
+    command_line.check_output('output', _OUTPUT.value)
   seed = secrets.randbelow(2**31) if _SEED.value is None else _SEED.value
   print(f'seed {seed}, {_REPEATS.value} repeats')
   records = []
@@ -132,9 +134,8 @@ def main():
     print(benchmark.table(of_op), flush=True)
     records += of_op
   if _OUTPUT.value is not None:
-    path = pathlib.Path(_OUTPUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([record.as_dict() for record in records], indent=2) + '\n')
+    text = json.dumps([record.as_dict() for record in records], indent=2)
+    pathlib.Path(_OUTPUT.value).write_text(text + '\n')
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ _RANKS = {
   'command_line': 2,
   'sharding': 2,
   'data': 2,
+  'recipes': 2,
   'ops': 3,
   'layers': 4,
   'models': 5,

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -29,7 +30,12 @@ def main():
   if values['train']['seed'] == 8:
     raise RuntimeError('a bug')
   if values['train']['seed'] == 9:
-    raise OSError('the disk is full')
+    raise OSError('a library raised this')
+  if values['train']['seed'] == 10:
+    open('/absent/file')
+  if values['train']['seed'] == 11:
+    with open('/dev/full', 'w') as file:
+      file.write('x')
   print(json.dumps(values))
 
 command_line.run(main)
@@ -57,25 +63,60 @@ command_line.run(main, arguments='NAME')
 """
 
 
+# A script that writes a file at the end of its work, and one that cleans up what it began.
+OUTPUT = """
+from absl import flags
+from ssm_moe import command_line
+_OUTPUT = flags.DEFINE_string('output', None, 'There.')
+
+def main():
+  command_line.check_output('output', _OUTPUT.value)
+  print('work')
+  open(_OUTPUT.value, 'a').write('done')
+
+command_line.run(main)
+"""
+WAITING = """
+import time
+from ssm_moe import command_line
+
+def main():
+  try:
+    print('ready', flush=True)
+    time.sleep(60)
+  finally:
+    print('clean')
+
+command_line.run(main)
+"""
+
+
 class Runner:
   def __init__(self, folder):
     self.folder = folder
     (folder / 'script.py').write_text(SCRIPT)
     (folder / 'arguments.py').write_text(ARGUMENTS)
+    (folder / 'output.py').write_text(OUTPUT)
+    (folder / 'waiting.py').write_text(WAITING)
     self.write()
 
   def write(self, statement='pass', name='config.py', parameters=''):
     (self.folder / name).write_text(CONFIG.format(statement=statement, parameters=parameters))
 
-  def __call__(self, *arguments, script='script.py', **environment):
+  def __call__(self, *arguments, script='script.py', shell=None, **environment):
+    """Runs a script; `shell` is a command line in which "$@" is it and its arguments."""
     return subprocess.run(
-      [sys.executable, script, *arguments],
+      [*(['bash', '-c', shell, ''] if shell else []), sys.executable, script, *arguments],
       cwd=self.folder,
-      env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'} | environment,
+      env=self.environment | environment,
       capture_output=True,
       text=True,
       timeout=60,
     )
+
+  @property
+  def environment(self):
+    return os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'}
 
   def refusal(self, *arguments):
     """Returns the one line that the script answers with, without its name."""
@@ -117,13 +158,24 @@ def test_overrides_reach_the_config(run):
     ([], ['--config is missing', 'experiments/configs/quickstart.py']),
     (['--config=absent.py'], ['--config=absent.py: there is no such file']),
     (['--config', 'absent.py'], ['--config=absent.py: there is no such file']),
-    (['--config=.'], ['--config=.: there is no such file']),
+    (['--config=.'], ['--config=.: a folder; it must be a file']),
     (['--config=config.py', '--config.model.d_modle=8'], ['config.model.d_modle', 'd_model']),
     (['--config=config.py', '--config.model.d_modle', '8'], ['config.model.d_modle', 'd_model']),
     (['--config=config.py', '--config.train.seed.x=1'], ['config.train.seed.x does not exist']),
-    (['--config=config.py', '--config.model.d_model=x'], ['config.model.d_model=x']),
-    (['--config=config.py', '--config.model.d_model=1.5'], ['config.model.d_model=1.5']),
-    (['--config=config.py', '--config.model.moe=3'], ['config.model.moe=3']),
+    (
+      ['--config=config.py', '--config.model.d_model=x'],
+      ["config.model.d_model is 'x'; it must be of type int"],
+    ),
+    (['--config=config.py', '--config.model.d_model', '1.5'], ["config.model.d_model is '1.5'; "]),
+    (
+      ['--config=config.py', '--config.train.eval_tokens=x'],
+      ["eval_tokens is 'x'; it must be of type int"],
+    ),
+    (
+      ['--config=config.py', '--config.model.scan_periods=x'],
+      ["scan_periods is 'x'; it must be of type bool"],
+    ),
+    (['--config=config.py', '--config.model.moe=3'], ["config.model.moe is '3'; it is a group"]),
     (['--config=config.py', '--config.model.dtype=int8'], ['config.model.dtype', 'bfloat16']),
     (
       ['--config=config.py', '--config.model.moe.top_k=64'],
@@ -151,7 +203,7 @@ def test_a_mistake_in_a_flag_is_one_line(run, arguments, parts):
     ('import absent_module', "ModuleNotFoundError: No module named 'absent_module'"),
     ('open("absent.txt")', 'FileNotFoundError'),
     ('config.model.d_model = "x"', "TypeError: Could not override field 'd_model'"),
-    ('config_lib.ModelConfig(d_model=-1)', 'ConfigError: d_model is -1; it must be positive'),
+    ('config_lib.ModelConfig(d_model=-1)', 'd_model is -1; it must be positive'),
     ('return (', 'SyntaxError'),
   ],
 )
@@ -187,6 +239,12 @@ def test_a_file_that_is_no_config_is_named(run):
   assert message.startswith('--config=other.py: ') and 'get_config' in message
 
 
+@pytest.mark.parametrize('override', [[], ['--config.train.seed=1']])
+def test_a_config_file_that_returns_nothing_is_a_mistake_in_one_line(run, override):
+  (run.folder / 'none.py').write_text('def get_config():\n  pass\n')
+  assert 'get_config returns nothing' in run.refusal('--config=none.py', *override)
+
+
 def test_a_parameter_of_the_config_file_follows_a_colon(run):
   run.write('config.model.d_model = int(size)', 'sized.py', parameters='size')
   assert json.loads(run('--config=sized.py:24').stdout)['model']['d_model'] == 24
@@ -197,11 +255,79 @@ def test_an_error_has_its_own_exit_status_and_is_still_one_line(run):
   assert (result.returncode, result.stderr) == (1, 'script.py: step 3: it failed\n')
 
 
-@pytest.mark.parametrize(('seed', 'kind'), [(8, 'RuntimeError: a bug'), (9, 'OSError: the disk')])
+@pytest.mark.parametrize(('seed', 'kind'), [(8, 'RuntimeError: a bug'), (9, 'OSError: a library')])
 def test_what_is_no_mistake_of_the_user_keeps_its_traceback(run, seed, kind):
   result = run('--config=config.py', f'--config.train.seed={seed}')
   assert result.returncode == 1
   assert 'Traceback' in result.stderr and kind in result.stderr
+
+
+@pytest.mark.parametrize(
+  ('seed', 'message'),
+  [(10, '/absent/file: No such file or directory'), (11, 'No space left on device')],
+)
+def test_what_the_system_refuses_is_one_line_and_status_1(run, seed, message):
+  result = run('--config=config.py', f'--config.train.seed={seed}')
+  assert (result.returncode, result.stderr) == (1, f'script.py: {message}\n')
+
+
+@pytest.mark.parametrize(
+  ('shell', 'status', 'stderr'),
+  [
+    ('"$@" >&-', 0, ''),
+    ('"$@" >/dev/full', 1, 'script.py: No space left on device\n'),
+    ('"$@" --help >/dev/full', 1, 'script.py: No space left on device\n'),
+    ('"$@" --confg=1 2>&-', 2, ''),
+    ('set -o pipefail; "$@" | true', 141, ''),
+  ],
+)
+def test_output_that_goes_nowhere_is_no_traceback(run, shell, status, stderr):
+  result = run('--config=config.py', shell=shell)
+  assert (result.returncode, result.stderr.replace('standard output: ', '')) == (status, stderr)
+
+
+@pytest.mark.parametrize(
+  ('number', 'message'), [(signal.SIGINT, 'interrupted'), (signal.SIGTERM, 'terminated')]
+)
+def test_a_signal_is_one_line_after_cleaning_up(run, number, message):
+  process = subprocess.Popen(
+    [sys.executable, 'waiting.py'],
+    cwd=run.folder,
+    env=run.environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(number)
+  stdout, stderr = process.communicate(timeout=60)
+  assert (stdout, stderr) == ('clean\n', f'waiting.py: {message}\n')
+  assert process.returncode == 128 + number
+
+
+def test_an_output_file_is_tried_before_the_work(run, tmp_path):
+  (tmp_path / 'file').write_text('mine ')
+  for output in (tmp_path / 'file' / 'x', tmp_path, '/proc/x/y', '/dev/full/x'):
+    result = run(f'--output={output}', script='output.py')
+    assert (result.returncode, result.stdout) == (2, '')
+    assert f'--output={output} cannot be written (' in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+  for output, text in ((tmp_path / 'file', 'mine done'), (tmp_path / 'new' / 'x', 'done')):
+    assert run(f'--output={output}', script='output.py').stdout == 'work\n'
+    assert output.read_text() == text
+
+
+@pytest.mark.parametrize('flag', ['--help', '-h', '--helpfull'])
+def test_help_is_no_mistake_and_names_every_field(run, flag):
+  result = run(flag)
+  assert (result.returncode, result.stderr) == (0, '')
+  fields = result.stdout.partition('Fields of the config')[2]
+  for part in ('  config.model: vocab_size=257', " pattern='M'", '  config.model.mamba.rom: '):
+    assert part in fields
+  assert max(map(len, fields.splitlines())) <= 100
+  result = run(flag, script='output.py')
+  assert result.returncode == 0 and '--output' in result.stdout
+  assert 'Fields of the config' not in result.stdout
 
 
 def test_the_whole_traceback_can_be_had(run):

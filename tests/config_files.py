@@ -3,6 +3,8 @@
 import pathlib
 import runpy
 
+import pytest
+
 from ssm_moe.config import ExperimentConfig, from_config_dict
 
 _FOLDER = pathlib.Path(__file__).parents[1] / 'experiments' / 'configs'
@@ -29,3 +31,8 @@ def _names() -> list[str]:
 
 
 NAMES = _names()
+# The first row of each file; and all as test parameters, of which the others are slow.
+FIRST = sorted({name.partition(':')[0]: name for name in reversed(NAMES)}.values())
+FIRST_FAST = [
+  name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+]

@@ -75,6 +75,13 @@ def test_an_integer_serves_as_float():
   assert config.optimizer.weight_decay == 0.0
 
 
+@pytest.fixture
+def unchecked(request):
+  if request.config.getoption('jaxtyping_packages'):
+    pytest.skip('where types are checked at run time, they answer before the class does')
+
+
+@pytest.mark.usefixtures('unchecked')
 @pytest.mark.parametrize(
   ('make', 'message'),
   [
@@ -103,6 +110,7 @@ def _dataclasses(cls):
       yield from _dataclasses(field.type)
 
 
+@pytest.mark.usefixtures('unchecked')
 def test_every_field_of_every_config_checks_its_type():
   for cls in _dataclasses(config_lib.ExperimentConfig):
     for field in dataclasses.fields(cls):
@@ -110,6 +118,7 @@ def test_every_field_of_every_config_checks_its_type():
         cls(**{field.name: object()})
 
 
+@pytest.mark.usefixtures('unchecked')
 def test_what_is_built_in_python_can_be_hashed_and_equals_what_a_file_says():
   built = config_lib.DataConfig(train=['a', 'b'], weights=[1, 2])
   assert built == config_lib.DataConfig(train=('a', 'b'), weights=(1.0, 2.0))

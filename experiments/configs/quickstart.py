@@ -21,7 +21,7 @@ def get_config(row: str = 'rom'):
     config.model.update(pattern='M E', num_periods=2)
     config.model.moe.update(num_experts=8, top_k=1, d_ff=464, dispatch='dropless')
   elif row != 'mamba':
-    raise ValueError(f'quickstart.py:{row}: it must be one of {", ".join(ROWS)}')
+    raise config_lib.ConfigError(f'there is no row {row!r}; there are: {", ".join(ROWS)}')
   config.optimizer.update(peak_learning_rate=4e-3, warmup_fraction=0.05)
   config.train.update(
     num_steps=350, batch_size=8, sequence_length=256, eval_every=175, checkpoint_every=175

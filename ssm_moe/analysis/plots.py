@@ -119,6 +119,47 @@ def plot_comparison(
   figure.savefig(path, format='png')
 
 
+def plot_fallback(
+  points: Sequence[tuple[float, float, float]],
+  path: str | os.PathLike,
+  *,
+  tolerance: float,
+  chosen: float | None,
+) -> None:
+  """Draws how much the loss rises against the share of the tokens that fall back.
+
+  Args:
+    points: Share of the tokens, rise of the loss in nats a token, threshold; by rising threshold.
+    path: Of the PNG file.
+    tolerance: Rise that is accepted, a line across.
+    chosen: The threshold that is taken, if one is.
+  """
+  figure = _figure(6.4, 4.2)
+  axes = figure.subplots()
+  rates, rises, thresholds = np.asarray(points, np.float64).T
+  title = 'No threshold that was tried costs so little'
+  if chosen is not None:
+    rate = rates[list(thresholds).index(chosen)]
+    title = f'Threshold {chosen:.3g}: {rate:.1%} of the tokens fall back'
+  _finish(axes, title, 'rise of the loss [nats per token]', np.zeros((0, 2)))
+  axes.plot(100 * rates, rises, color=_BLUE, linewidth=1.6, marker='o', markersize=4)
+  axes.axhline(tolerance, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+  place = axes.get_yaxis_transform()
+  label = {'xytext': (-4, 3), 'textcoords': 'offset points', 'fontsize': 8, 'color': _GREY}
+  axes.annotate(f'tolerance {tolerance:g}', (1, tolerance), xycoords=place, ha='right', **label)
+  for rate, rise, threshold in zip(rates, rises, thresholds):
+    taken = threshold == chosen
+    if taken:
+      axes.plot(100 * rate, rise, color=_ORANGE, marker='o', markersize=8, zorder=4)
+    colour = {'color': _ORANGE, 'weight': 'bold'} if taken else {}
+    axes.annotate(
+      f'{threshold:.3g}', (100 * rate, rise), ha='right', va='bottom', **(label | colour)
+    )
+  axes.set_xlabel('tokens that fall back, mean over layers [%]; beside each point its threshold')
+  axes.xaxis.set_major_formatter(ScalarFormatter())
+  figure.savefig(path, format='png')
+
+
 def plot_expert_load(
   load: Float[np.ndarray, 'layers E'] | Sequence[Float[np.ndarray, '_']],
   path: str | os.PathLike,

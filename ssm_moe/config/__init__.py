@@ -24,7 +24,14 @@ from ssm_moe.config.layers import (
   NormConfig,
 )
 from ssm_moe.config.model import LAYER_WORDS, ModelConfig
-from ssm_moe.config.parsing import check_key, defaults, from_config_dict, from_flag, to_dict
+from ssm_moe.config.parsing import (
+  check_key,
+  check_value,
+  defaults,
+  from_config_dict,
+  from_flag,
+  to_dict,
+)
 from ssm_moe.config.routing import MoEConfig, RoMConfig, RoutingConfig
 
 __all__ = [
@@ -46,6 +53,7 @@ __all__ = [
   'SampleConfig',
   'TrainConfig',
   'check_key',
+  'check_value',
   'defaults',
   'from_config_dict',
   'from_flag',

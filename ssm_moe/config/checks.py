@@ -27,14 +27,23 @@ class Checked:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      value = _as_kind(getattr(self, field.name), field.type, field.name)
+      value = as_kind(getattr(self, field.name), field.type, field.name)
       object.__setattr__(self, field.name, value)  # the dataclasses are frozen
 
 
-def _as_kind(value: Any, kind: Any, name: str) -> Any:
-  """Returns `value`, called `name`, as the type that annotates its field."""
+def as_kind(value: Any, kind: Any, name: str) -> Any:
+  """Returns a value as the type that annotates its field.
+
+  Args:
+    value: Of the field.
+    kind: The annotation; anything that a config dataclass uses.
+    name: Of the field, for the message.
+
+  Raises:
+    ConfigError: it is of another type, not finite, or too large.
+  """
   if isinstance(kind, types.UnionType):
-    return None if value is None else _as_kind(value, typing.get_args(kind)[0], name)
+    return None if value is None else as_kind(value, typing.get_args(kind)[0], name)
   origin, arguments = typing.get_origin(kind), typing.get_args(kind)
   if origin is Literal:
     # A NumPy dtype, for one, is equal to its name.
@@ -44,7 +53,7 @@ def _as_kind(value: Any, kind: Any, name: str) -> Any:
   if origin is tuple:
     if not isinstance(value, (tuple, list)):
       raise ConfigError(f'{name} is {value!r}; it must be a tuple')
-    return tuple(_as_kind(item, arguments[0], f'{name}[{i}]') for i, item in enumerate(value))
+    return tuple(as_kind(item, arguments[0], f'{name}[{i}]') for i, item in enumerate(value))
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value) if abs(value) < _INT_LIMIT else math.inf
   if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

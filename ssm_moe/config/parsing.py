@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from ml_collections import config_dict
 
-from ssm_moe.config.checks import ConfigError
+from ssm_moe.config.checks import ConfigError, as_kind
 from ssm_moe.config.experiment import ExperimentConfig
 
 _Dataclass = TypeVar('_Dataclass')
@@ -58,8 +58,8 @@ def from_config_dict(
     raise ConfigError(f'{path}.{error}') from None
 
 
-def check_key(path: str, rest: str, cls: type = ExperimentConfig) -> None:
-  """Checks that the dotted name `rest` is a field below `cls`.
+def check_key(path: str, rest: str, cls: type = ExperimentConfig) -> Any:
+  """Checks that the dotted name `rest` is a field below `cls`, and returns the field's type.
 
   Args:
     path: The whole name, for the message.
@@ -72,10 +72,20 @@ def check_key(path: str, rest: str, cls: type = ExperimentConfig) -> None:
   kinds = {field.name: field.type for field in dataclasses.fields(cls)}
   if name not in kinds:
     raise ConfigError(f'{path} does not exist; below {cls.__name__} there are: {", ".join(kinds)}')
-  if deeper:
-    if not dataclasses.is_dataclass(kinds[name]):
-      raise ConfigError(f'{path} does not exist; {name} has no fields')
-    check_key(path, deeper, kinds[name])
+  if not deeper:
+    return kinds[name]
+  if not dataclasses.is_dataclass(kinds[name]):
+    raise ConfigError(f'{path} does not exist; {name} has no fields')
+  return check_key(path, deeper, kinds[name])
+
+
+def check_value(path: str, value: Any) -> None:
+  """Checks that `value` is of the type of the field that `path`, config.NAME.NAME, names.
+
+  Raises:
+    ConfigError: it is not, or there is no such field.
+  """
+  _convert(value, check_key(path, path.partition('.')[2]), path)
 
 
 def from_flag(values: config_dict.ConfigDict | None) -> ExperimentConfig:
@@ -97,7 +107,7 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
     if not hasattr(value, 'items'):
       raise ConfigError(f'{path} is {value!r}; it is a group of fields, set one of them')
     return from_config_dict(value, kind, path)
-  return value  # the dataclass checks the rest
+  return as_kind(value, kind, path)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ssm_moe.config import DataConfig
+from ssm_moe.data import DataError
 from ssm_moe.data.packing import DocumentStream, Row, empty_row, pad
 from ssm_moe.data.pipeline import Batch, describe_source, find_tokenizer, process_rows, stack_rows
 from ssm_moe.data.sources import TextSource, open_sources
@@ -63,7 +64,8 @@ class EvalBatches:
       process_count: Number of shares.
 
     Raises:
-      DataError: a source cannot be opened, or the batch cannot be shared evenly.
+      DataError: a source cannot be opened, the batch cannot be shared evenly, or all documents are
+        empty.
     """
     self._rows_of_process = process_rows(batch_size, process_index, process_count)
     self._batch_size = batch_size
@@ -92,6 +94,8 @@ class EvalBatches:
       if self.num_bytes is not None:
         self.num_bytes += int(folder.document_bytes[:count].sum())
       self._parts.append(self._text_part(source, int(folder.document_offsets[count])))
+    if self.num_bytes == 0:
+      raise DataError('config.data.valid: the documents to evaluate on are all empty')
     num_rows = sum(count for count, _ in self._parts)
     self.num_batches = -(-num_rows // batch_size)
 

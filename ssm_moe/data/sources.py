@@ -26,6 +26,7 @@ from ssm_moe.data.tokenizer import Tokenizer, load_tokenizer
 
 Split = Literal['train', 'valid']
 _STDLIB = 'stdlib'
+_LOG_SECONDS = 30.0  # between two lines about how far tokenising is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,21 @@ class TextSource:
 Source = TextSource | SyntheticTask
 
 
+def check_sources(config: DataConfig, *, vocab_size: int) -> None:
+  """Looks at every source of `config`, without reading text: tokenising may take hours.
+
+  Args:
+    config: Names the sources and the tokenizer.
+    vocab_size: Of the model.
+
+  Raises:
+    DataError: a source of `config.train` or `config.valid` is missing, or does not fit the model or
+      the tokenizer.
+  """
+  for split in ('valid', 'train'):
+    _find_all(config, split, vocab_size)
+
+
 def open_sources(
   config: DataConfig,
   split: Split,
@@ -58,6 +74,8 @@ def open_sources(
   cache_dir: str | os.PathLike,
 ) -> tuple[Source, ...]:
   """Opens the sources of `config.train` or `config.valid`; tokenises those that need it.
+
+  All of them are looked at before the first is tokenised.
 
   Args:
     config: Names the sources and the tokenizer; its `cache_dir`, if set, wins.
@@ -68,14 +86,40 @@ def open_sources(
   Raises:
     DataError: a source is missing, damaged or does not fit the model or the tokenizer.
   """
+  cache = pathlib.Path(config.cache_dir or cache_dir)
+  return tuple(
+    source if isinstance(source, SyntheticTask) else _open_text(source, split, cache)
+    for source in _find_all(config, split, vocab_size)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _FoundText:
+  """Text that is there, and that nobody has read yet.
+
+  Attributes:
+    name: What the user called it.
+    tokenizer: For it.
+    identity: What decides its documents; None of a folder of tokens.
+    documents: To be tokenised; None of a folder of tokens.
+  """
+
+  name: str
+  tokenizer: Tokenizer
+  identity: dict[str, Any] | None = None
+  documents: Iterator[str] | None = None
+
+
+def _find_all(
+  config: DataConfig, split: Split, vocab_size: int
+) -> list[SyntheticTask | _FoundText]:
   names = config.train if split == 'train' else config.valid
   if not names:
     raise DataError(f'config.data.{split} is empty; name at least one source')
-  cache = pathlib.Path(config.cache_dir or cache_dir)
   is_text = [name not in synthetic.NAMES for name in names]
   tokenizer = load_tokenizer(config.tokenizer) if any(is_text) else None
-  # Looked at before a corpus is tokenised, which may take hours. A folder of tokens that another
-  # tokenizer made is refused, so the tokenizer's size is every text source's.
+  # A folder of tokens that another tokenizer made is refused, so the tokenizer's size is every text
+  # source's.
   for name, text_source in zip(names, is_text):
     needed = (tokenizer if text_source else SyntheticTask(name)).vocab_size
     if needed > vocab_size:
@@ -83,19 +127,23 @@ def open_sources(
         f'config.model.vocab_size is {vocab_size}; {name} has token ids up to {needed - 1}, so it '
         f'must be at least {needed}'
       )
-  return tuple(
-    _open_text(name, split, config, tokenizer, cache) if text_source else SyntheticTask(name)
-    for name, text_source in zip(names, is_text)
-  )
+  found = []
+  for name, text_source in zip(names, is_text):
+    if not text_source:
+      found.append(SyntheticTask(name))
+    elif token_files.is_token_folder(name):
+      _check_tokenizer(name, tokenizer)
+      found.append(_FoundText(name, tokenizer))
+    else:
+      found.append(_FoundText(name, tokenizer, *_find_text(name, split, config.text_field)))
+  return found
 
 
-def _open_text(
-  name: str, split: Split, config: DataConfig, tokenizer: Tokenizer, cache: pathlib.Path
-) -> TextSource:
-  if token_files.is_token_folder(name):
-    return TextSource(name, _open_folder(name, tokenizer), tokenizer)
-  identity, documents = _find_text(name, split, config.text_field)
-  identity |= {'schema': token_files.SCHEMA, 'tokenizer': tokenizer.sha256}
+def _open_text(found: _FoundText, split: Split, cache: pathlib.Path) -> TextSource:
+  name, tokenizer = found.name, found.tokenizer
+  if found.identity is None:
+    return TextSource(name, token_files.open_token_folder(name), tokenizer)
+  identity = found.identity | {'schema': token_files.SCHEMA, 'tokenizer': tokenizer.sha256}
   key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
   slug = re.sub(r'[^\w.-]+', '-', pathlib.Path(name).name)[:40].strip('.-')
   path = cache / f'{slug}-{split}-{key}'
@@ -104,32 +152,47 @@ def _open_text(
       return TextSource(name, token_files.open_token_folder(path), tokenizer)
     except DataError as error:
       raise DataError(f'{error} (remove {path} to have it made again)') from None
-  start = time.perf_counter()
-  logging.info('Tokenising %s (%s) to %s', name, split, path)
+  progress = _Progress(f'{name} ({split}) to {path}')
   try:
-    folder = token_files.write_token_folder(path, documents, tokenizer, source=name)
+    folder = token_files.write_token_folder(
+      path, found.documents, tokenizer, source=name, progress=progress
+    )
   except token_files.FolderExistsError:
     # Another process has made the same folder meanwhile.
     folder = token_files.open_token_folder(path)
-  logging.info(
-    'Tokenised %s: %d documents, %d tokens in %.1f s',
-    name,
-    folder.num_documents,
-    folder.num_tokens,
-    time.perf_counter() - start,
-  )
+  progress.end()
   return TextSource(name, folder, tokenizer)
 
 
-def _open_folder(name: str, tokenizer: Tokenizer) -> TokenFolder:
-  folder = token_files.open_token_folder(name)
-  if folder.tokenizer_sha256 != tokenizer.sha256:
+class _Progress:
+  """Logs how far tokenising is, if it lasts: a mistake found soon is to be told in one line."""
+
+  def __init__(self, what: str):
+    self._what = what
+    self._bytes = 0
+    self._start = self._logged = time.perf_counter()
+
+  def __call__(self, num_bytes: int) -> None:
+    self._bytes += num_bytes
+    now = time.perf_counter()
+    if now - self._logged > _LOG_SECONDS:
+      self._logged = now
+      logging.info('Tokenising %s: %d MB so far', self._what, self._bytes // 1_000_000)
+
+  def end(self) -> None:
+    if self._logged > self._start:
+      logging.info('Tokenised %s in %.0f s', self._what, time.perf_counter() - self._start)
+
+
+def _check_tokenizer(name: str, tokenizer: Tokenizer) -> None:
+  """Checks that a folder of tokens was made by `tokenizer`."""
+  made_by = token_files.read_metadata(name)['tokenizer']
+  if str(made_by['sha256']) != tokenizer.sha256:
     file = pathlib.Path(name) / 'tokenizer.json'
-    made_by = file if file.exists() else folder.tokenizer_name
     raise DataError(
-      f'config.data.tokenizer is {tokenizer.name}; {name} was made by another, set it to {made_by}'
+      f'config.data.tokenizer is {tokenizer.name}; {name} was made by another, set it to '
+      f'{file if file.exists() else made_by["name"]}'
     )
-  return folder
 
 
 def _find_text(name: str, split: Split, text_field: str) -> tuple[dict[str, Any], Iterator[str]]:

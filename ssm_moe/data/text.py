@@ -30,6 +30,8 @@ def find_files(pattern: str | os.PathLike) -> list[pathlib.Path]:
   Raises:
     DataError: there are none, or a file that is named has a suffix that this module cannot read.
   """
+  if not str(pattern):
+    raise DataError('the name of a file is empty; name a file, a folder or a glob')
   path = pathlib.Path(pattern)
   if path.is_dir():
     files = [file for file in path.rglob('*') if file.is_file() and _suffix(file)]
@@ -101,12 +103,18 @@ def _read_json_lines(path: pathlib.Path, text_field: str) -> Iterator[str]:
       where = f'{path}:{number}'
       if not line.strip():
         continue
+      line = _decode(line, where)
       try:
-        record = json.loads(_decode(line, where))
+        record = json.loads(line)
       except json.JSONDecodeError as error:
         raise DataError(f'{where}: not JSON ({error.msg} at column {error.colno})') from None
+      except RecursionError:
+        raise DataError(f'{where}: JSON that cannot be read (nested too deep)') from None
+      except ValueError:
+        raise DataError(f'{where}: JSON that cannot be read (too many digits)') from None
       if not isinstance(record, dict):
-        raise DataError(f'{where}: a {type(record).__name__}; each line must be a JSON object')
+        kind = type(record).__name__
+        raise DataError(f'{where}: of type {kind}; each line must be a JSON object')
       if text_field not in record:
         fields = ', '.join(record) or 'none'
         raise DataError(f'{where}: no field {text_field!r}; there are: {fields}')
@@ -144,7 +152,7 @@ def _decode(data: bytes, where: str) -> str:
 def _check_text(value: object, where: str, text_field: str) -> str:
   if not isinstance(value, str):
     kind = type(value).__name__
-    raise DataError(f'{where}: the field {text_field!r} is a {kind}; it must be a string')
+    raise DataError(f'{where}: the field {text_field!r} is of type {kind}; it must be a string')
   try:
     value.encode('utf-8')
   except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair

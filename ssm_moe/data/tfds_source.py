@@ -41,7 +41,7 @@ class TfdsText:
       value = record[text_field]
       if not isinstance(value, bytes):
         kind = type(value).__name__
-        raise DataError(f'{self.name}: the field {text_field!r} is of {kind}; it must be text')
+        raise DataError(f'{self.name}: the field {text_field!r} is of type {kind}; it must be text')
       try:
         yield value.decode('utf-8')
       except UnicodeDecodeError as error:

@@ -7,18 +7,23 @@
   metadata.json          schema, tokenizer, vocabulary, counts, where the text came from
   tokenizer.json         the tokenizer, if it has a file
 
-A folder appears whole or not at all: it is written under another name and then renamed. Writing
-holds one batch of documents and 16 bytes a document in memory, whatever the size of the text.
+A folder appears whole or not at all: it is written under another name and then renamed. What a
+killed process left under the other name, the next one that writes the folder removes. Writing holds
+one batch of documents and 16 bytes a document in memory, whatever the size of the text.
 """
 
 import array
+import contextlib
 import dataclasses
+import fcntl
+import glob
 import io
 import json
 import os
 import pathlib
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -32,6 +37,8 @@ SCHEMA = 1
 _BATCH_CHARACTERS = 1 << 20  # of the documents that are tokenised together
 _BATCH_DOCUMENTS = 1024
 _CHECKED_TOKENS = 1 << 24  # at a time, when a folder is opened
+# A partial folder that is younger may not yet be locked by its writer.
+_UNLOCKED_SECONDS = 2
 _COUNTS = ('vocab_size', 'end_of_text', 'num_tokens', 'num_documents', 'num_bytes')
 
 
@@ -108,29 +115,67 @@ def write_token_folder(
 
   Raises:
     FolderExistsError: `path` exists; nothing in it is touched.
-    DataError: there are no documents, one of them cannot be read, or `path` cannot be written.
+    DataError: there are no documents, one of them cannot be read, or `path` cannot be made.
+    OSError: the system refuses to write, as on a full disk; `filename` is `path`.
   """
   path = pathlib.Path(path)
   exists = FolderExistsError(f'{path} exists already; name another folder, or remove it first')
   if path.exists():
     raise exists
+  made = [folder for folder in path.parents if not folder.exists()]
   partial = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial')
   try:
     partial.mkdir(parents=True)
   except OSError as error:
     raise DataError(f'{path} cannot be written ({error.strerror})') from None
   try:
-    _write_files(partial, documents, tokenizer, source, progress)
-    try:
-      partial.rename(path)
-    except OSError:
-      if not path.exists():
-        raise
-      raise exists from None
-  except BaseException:
+    with _locked(partial):
+      _remove_abandoned(path)
+      _write_files(partial, documents, tokenizer, source, progress)
+      try:
+        partial.rename(path)
+      except OSError:
+        if not path.exists():
+          raise
+        raise exists from None
+  except BaseException as error:
     shutil.rmtree(partial, ignore_errors=True)
+    for folder in made:  # the deepest first
+      with contextlib.suppress(OSError):
+        folder.rmdir()
+    ours = isinstance(error, OSError) and str(error.filename or partial).startswith(str(partial))
+    if ours and error.errno is not None:
+      raise OSError(error.errno, error.strerror, str(path)) from None
     raise
   return open_token_folder(path)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[bool]:
+  """Holds a lock on `folder`, which the system frees however the process ends; says if it could.
+
+  A file system without such locks has none held, and none that can be held.
+  """
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      yield False
+    else:
+      yield True
+  finally:
+    os.close(descriptor)
+
+
+def _remove_abandoned(path: pathlib.Path) -> None:
+  """Removes what killed processes have written of `path`."""
+  for partial in path.parent.glob(f'.{glob.escape(path.name)}.*.partial'):
+    with contextlib.suppress(OSError):
+      if time.time() - partial.stat().st_mtime > _UNLOCKED_SECONDS:
+        with _locked(partial) as abandoned:
+          if abandoned:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_files(
@@ -155,7 +200,7 @@ def _write_files(
     raise DataError(f'{source}: there is no document in it')
   for name, values in (('document_offsets.npy', offsets), ('document_bytes.npy', sizes)):
     with open(folder / name, 'wb') as file:
-      np.save(file, np.frombuffer(values, np.int64))
+      _save_array(file, np.frombuffer(values, np.int64))
       _flush(file)
   if tokenizer.serialized is not None:
     (folder / 'tokenizer.json').write_bytes(tokenizer.serialized)
@@ -173,6 +218,12 @@ def _write_files(
   with open(folder / 'metadata.json', 'wb') as file:
     file.write(json.dumps(metadata, indent=2).encode() + b'\n')
     _flush(file)
+
+
+def _save_array(file: io.BufferedIOBase, values: Int[np.ndarray, '_']) -> None:
+  # As np.save, which on a full disk does not say that the disk is full.
+  np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+  file.write(values.data)
 
 
 def _flush(file: io.BufferedIOBase) -> None:
@@ -201,7 +252,7 @@ def open_token_folder(path: str | os.PathLike) -> TokenFolder:
       document does not end in end-of-text, or a token id is beyond the vocabulary.
   """
   path = pathlib.Path(path)
-  metadata = _read_metadata(path)
+  metadata = read_metadata(path)
   dtype = token_dtype(metadata['vocab_size'])
   offsets = _read_array(path / 'document_offsets.npy', metadata['num_documents'] + 1)
   sizes = _read_array(path / 'document_bytes.npy', metadata['num_documents'])
@@ -238,14 +289,20 @@ def open_token_folder(path: str | os.PathLike) -> TokenFolder:
   )
 
 
-def _read_metadata(path: pathlib.Path) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+  """Returns what `path`/metadata.json says of a folder of tokens; nothing else is looked at.
+
+  Raises:
+    DataError: it is missing, of another schema, or incomplete.
+  """
+  path = pathlib.Path(path)
   file = path / 'metadata.json'
   try:
     metadata = json.loads(file.read_bytes())
     schema = metadata['schema']
   except OSError as error:
     raise DataError(f'{file} cannot be read ({error.strerror}); not a folder of tokens') from None
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     raise DataError(f'{file} is not the metadata of a folder of tokens') from None
   if schema != SCHEMA:
     raise DataError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +29,25 @@ def generate(
     prompt: Inputs so far, at least one.
     key: Of the random draws.
     config: Of the model.
-    num_tokens: How many to write.
+    num_tokens: How many to write; 0 writes none.
     temperature: Divides the logits before a token is drawn; 0 takes the likeliest.
 
   Raises:
     ConfigError: experts choose tokens, so that the model does not go on token by token.
+    ValueError: a prompt that is not [B, L] or has no token, or a number that is negative.
+    TypeError: a prompt that is not of integers.
   """
+  if prompt.ndim != 2 or not prompt.shape[1]:
+    raise ValueError(
+      f'generate: prompt has shape {prompt.shape}; it must be [B, L], with at least one token'
+    )
+  if not jnp.issubdtype(prompt.dtype, jnp.integer):
+    raise TypeError(f'generate: prompt is {prompt.dtype}; it must be integer')
+  for name, value in (('num_tokens', num_tokens), ('temperature', temperature)):
+    if not 0 <= value < math.inf:
+      raise ValueError(f'generate: {name} is {value}; it must be finite and not negative')
+  if not num_tokens:
+    return prompt[:, :0]
   lm.check_causal(config, 'generation')
   model = lm.LM(_dropless(config))
   variables = {'params': params}

@@ -1,6 +1,5 @@
 """The Mamba-1 mixer, dense or with routed projections (Routing Mamba)."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,13 +7,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ssm_moe.config import MambaConfig
-from ssm_moe.layers import initializers, rom
-from ssm_moe.layers.projection import Projection
-from ssm_moe.layers.rom import Decisions, MixerAux, MixerRoutes, ProjectionRouting
-from ssm_moe.layers.router import Routing
+from ssm_moe.layers import initializers
+from ssm_moe.layers.rom import Decisions
+from ssm_moe.layers.ssm_mixer import SSMMixer
 from ssm_moe.ops.causal_conv1d import causal_conv1d
 from ssm_moe.ops.selective_scan import selective_scan
-from ssm_moe.shapes import Array, Bool, Float, Int
+from ssm_moe.shapes import Array, Float
 
 
 class MambaState(NamedTuple):
@@ -38,55 +36,31 @@ def initial_state(config: MambaConfig, *, d_model: int, batch: int, dtype: jnp.d
   )
 
 
-class Mamba(nn.Module):
+class Mamba(SSMMixer):
   """A selective state-space layer between two projections.
 
   x, z = in_proj(input);  x = SiLU(conv1d(x));  dt, B, C = x_proj(x);  dt = softplus(dt_proj(dt))
   y = selective_scan(x, dt, A, B, C) * SiLU(z);  output = out_proj(y)
   Mamba, figure 3 (https://arxiv.org/abs/2312.00752).
 
-  With `mamba.rom` a router chooses experts for each token. Routing Mamba's own setting chooses
+  With `config.rom` a router chooses experts for each token. Routing Mamba's own setting chooses
   once, from the layer's input; the decision serves the conv projection (to x), the gate projection
   (to z) and the output projection. x and z are unweighted sums over the chosen experts; the
   router's probability is applied once, at the output. Convolution, x_proj, dt_proj and the scan are
   shared by all experts. Routing Mamba (https://arxiv.org/abs/2506.18145).
-
-  Attributes:
-    mamba: Its config.
-    d_model: M.
-    router_init: Gives the routers' initializer by their fan-in.
-    output_scale: Scales the initial output projection; 1 / sqrt(residual branches) in Samba.
-    dtype: Of the matrix work. dt, A_log, D, the router and the state are float32.
-    record_routes: Whether to report every token's routes.
   """
 
-  mamba: MambaConfig
-  d_model: int
-  router_init: Callable[[int], nn.initializers.Initializer]
-  output_scale: float
-  dtype: jnp.dtype
-  record_routes: bool = False
-
   def setup(self):
-    config = self.mamba
-    d_inner = config.inner_size(self.d_model)
-    dt_rank = config.rank(self.d_model)
-    self.routing = ProjectionRouting(config.rom, self.router_init, self.record_routes)
-    in_init = initializers.linear(self.d_model)
-    if rom.one_in_projection(config.rom):
-      # Conv and gate are one grouped matmul. Their axis is kept apart from d_inner: fused, sharding
-      # over `tensor` would put x and z of a channel on different devices.
-      self.in_proj = self._projection('conv', in_init, ('embed', 'branch', 'inner'), (2, d_inner))
-    else:
-      self.conv_proj = self._projection('conv', in_init, ('embed', 'inner'), (d_inner,))
-      self.gate_proj = self._projection('gate', in_init, ('embed', 'inner'), (d_inner,))
-    self.x_proj = self._projection(
+    config = self.config
+    d_inner, dt_rank = config.inner_size(self.d_model), config.rank(self.d_model)
+    self.setup_routing()
+    self.x_proj = self.projection(
       'x', initializers.linear(d_inner), ('inner', 'rank'), (dt_rank + 2 * config.d_state,)
     )
-    self.dt_proj = self._projection(
+    self.dt_proj = self.projection(
       'dt', initializers.linear(dt_rank), ('rank', 'inner'), (d_inner,)
     )
-    self.out_proj = self._projection(
+    self.out_proj = self.projection(
       'out', initializers.linear(d_inner, self.output_scale), ('inner', 'embed'), (self.d_model,)
     )
     self.conv1d_kernel = self._param(
@@ -109,50 +83,11 @@ class Mamba(nn.Module):
     )
     self.D = self._param('D', nn.initializers.ones, ('inner',), (d_inner,))
 
-  def __call__(
-    self,
-    x: Float[Array, 'B L M'],
-    *,
-    segment_ids: Int[Array, 'B L'] | None = None,
-    mask: Bool[Array, 'B L'] | None = None,
-    state: MambaState | None = None,
-    routes: MixerRoutes | None = None,
-    given: Routing | None = None,
-  ) -> tuple[Float[Array, 'B L M'], MambaState, MixerAux, Routing | None]:
-    """Runs over a sequence.
-
-    Args:
-      x: Input.
-      segment_ids: Document of each token: nothing flows from one to the next.
-      mask: Tokens that count in the routing statistics and take capacity; all if None.
-      state: What came before the first token; nothing if None.
-      routes: By router, decisions to take in place of its own.
-      given: The decision of the period's first routed mixer, where that is shared.
-
-    Returns:
-      The output, the state after the last token, by router its losses and statistics, and the
-      decision that all projections shared, if they did.
-    """
-    return self._mix(x, state, segment_ids=segment_ids, mask=mask, routes=routes, given=given)
-
-  def step(
-    self, x: Float[Array, 'B M'], state: MambaState, *, given: Routing | None = None
-  ) -> tuple[Float[Array, 'B M'], MambaState, Routing | None]:
-    """Runs over one more token; none is dropped. Its cost does not depend on the length.
-
-    Equal to `__call__` where that drops nothing.
-    """
-    y, state, _, routing = self._mix(x[:, None], state, given=given, one_step=True)
-    return y[:, 0], state, routing
-
-  def _mix(
-    self, inputs, state, *, segment_ids=None, mask=None, routes=None, given=None, one_step=False
-  ):
+  def mix(self, inputs, decisions, state, segment_ids, scan_implementation):
+    """Runs the layer between the decisions and the state."""
     if state is None:
       state = MambaState(None, None)
-    decisions = self.routing(inputs, mask=mask, routes=routes, given=given, drops=not one_step)
-
-    x, z = self._project_in(inputs, decisions)
+    x, z = self.project_in(inputs, decisions)
     x, conv_state = causal_conv1d(
       x, self.conv1d_kernel, self.conv1d_bias, segment_ids=segment_ids, state=state.conv_state
     )
@@ -170,32 +105,16 @@ class Mamba(nn.Module):
       dt_softplus=True,
       segment_ids=segment_ids,
       h0=state.ssm_state,
-      # One step of the sequential form is the recurrence itself, without chunks to pad.
-      implementation='reference' if one_step else self.mamba.scan_implementation,
+      implementation=scan_implementation,
     )
-    y = self.out_proj(y, decisions.of('out', y))
-    state = MambaState(conv_state, ssm_state)
-    return decisions.scale_output(y), state, decisions.aux, decisions.routing
-
-  def _project_in(self, inputs: Array, decisions: Decisions) -> tuple[Array, Array]:
-    if rom.one_in_projection(self.mamba.rom):
-      xz = self.in_proj(inputs, decisions.of('conv', inputs))
-      return xz[:, :, 0], xz[:, :, 1]
-    return (
-      self.conv_proj(inputs, decisions.of('conv', inputs)),
-      self.gate_proj(inputs, decisions.of('gate', inputs)),
-    )
+    return self.out_proj(y, decisions.of('out', y)), MambaState(conv_state, ssm_state)
 
   def _selection(self, x: Array, decisions: Decisions) -> tuple[Array, Array, Array]:
     """Returns dt before bias and softplus, B and C, all functions of the token."""
-    rank, d_state = self.mamba.rank(self.d_model), self.mamba.d_state
+    rank, d_state = self.config.rank(self.d_model), self.config.d_state
     selected = self.x_proj(x, decisions.of('x', x))
     dt, B, C = jnp.split(selected, (rank, rank + d_state), axis=-1)
     return self.dt_proj(dt, decisions.of('dt', dt)), B, C
-
-  def _projection(self, projection, init, axes, features) -> Projection:
-    experts = rom.experts_of(self.mamba.rom, projection)
-    return Projection(features, axes, init, self.dtype, **experts)
 
   def _param(self, name, init, axes, shape):
     return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)

@@ -1,8 +1,8 @@
 """The one place where a backend is chosen.
 
 An op has an ordered list of candidates, each a name and a function that says why it cannot run
-these arguments, or None. 'auto' takes the first that can and logs the choice once; a name is
-obeyed or refused, and never falls back to another.
+these arguments, or None. 'auto' takes the first that can and logs the choice once, as --verbosity=1
+shows; a name is obeyed or refused, and never falls back to another.
 """
 
 import functools
@@ -46,7 +46,7 @@ def select(op: str, implementation: str, candidates: Mapping[str, Supports]) -> 
 @functools.cache  # logs each choice once
 def _log_choice(op: str, name: str, passed_over: tuple[tuple[str, str], ...]) -> None:
   reasons = ''.join(f'; not {other}: {reason}' for other, reason in passed_over)
-  logging.info('%s runs %s%s', op, name, reasons)
+  logging.debug('%s runs %s%s', op, name, reasons)
 
 
 def always() -> None:

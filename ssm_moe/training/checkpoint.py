@@ -6,16 +6,18 @@
   DIRECTORY/00000250.damaged/        set aside after a restore that had to fall back
 
 A save is published by renaming its folder, after Orbax has committed and the manifest, with its own
-checksum in it, is on disk. A kill before the rename loses this save only: older checkpoints are
-removed after it. Orbax alone restores flipped bits without a word, hence the checksums.
+checksum in it, is on disk, and if Orbax finds every array in it. A kill before the rename loses
+this save only: older checkpoints are removed after it. Orbax alone restores flipped bits without a
+word, hence the checksums.
 
 The directory is on a POSIX file system, and one process writes to it; others may read meanwhile.
-Nothing else in this project knows Orbax.
+Nothing else in this project knows Orbax, but for `orbax_noise`.
 """
 
 import concurrent.futures
+import contextlib
+import glob
 import json
-import logging as python_logging
 import math
 import os
 import pathlib
@@ -32,6 +34,7 @@ from absl import logging
 from ssm_moe.config import ExperimentConfig, to_dict
 from ssm_moe.errors import UserError
 from ssm_moe.shapes import PyTree
+from ssm_moe.training import durable, orbax_noise
 from ssm_moe.training import manifest as manifest_lib
 
 _STATE = 'state'
@@ -41,6 +44,12 @@ _REMOVED = '.removed'
 # Fields of the model's config that say how it is computed, not what: they may change on resume.
 _EXECUTION_FIELDS = ('remat', 'scan_implementation')
 _ABSENT = object()
+
+
+class SaveError(UserError):
+  """A checkpoint that cannot be saved, such as on a full disk; those before it are as they were."""
+
+  exit_status = 1
 
 
 class Restored(NamedTuple):
@@ -72,17 +81,25 @@ class Checkpointer:
     config: The whole config as plain nested dictionaries; `config['model']` decides which
       checkpoints may be restored.
     keep_last: Newest checkpoints that are kept; the one of lowest validation loss is kept besides.
+
+  Raises:
+    UserError: the directory has a wildcard in its path.
   """
 
   def __init__(self, directory: str | os.PathLike, *, config: dict[str, Any], keep_last: int):
     self._directory = pathlib.Path(directory).absolute()
+    if glob.escape(str(self._directory)) != str(self._directory):
+      # Orbax looks for its own files by pattern: it would find none, and lose the arrays silently.
+      raise UserError(
+        f'{directory}: checkpoints need a path without *, ? and [; give another workdir'
+      )
     self._config = config
     self._keep_last = keep_last
     self._damaged: set[int] = set()
     self._pending: concurrent.futures.Future | None = None
     self._finaliser = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
-    # Orbax logs about 27 lines a save at level INFO, on the logger that everything else uses.
-    python_logging.getLogger('absl').addFilter(_is_not_orbax_chatter)
+    self._quiet = contextlib.ExitStack()
+    self._quiet.enter_context(orbax_noise.kept_away())
     self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
 
   def __enter__(self) -> 'Checkpointer':
@@ -115,7 +132,7 @@ class Checkpointer:
 
     Raises:
       ValueError or TypeError: `metadata` is not strict JSON.
-      Exception: whatever the save before met in the background.
+      SaveError: this save, or in the background the one before, met a full disk or the like.
     """
     self.wait()
     arrays = _named_leaves(state)
@@ -129,21 +146,22 @@ class Checkpointer:
     }
     # A copy, and a refusal of what JSON cannot hold, before anything is touched.
     manifest = json.loads(manifest_lib.encode(manifest))
-    self._clean()
     folder = self._folder(step)
-    if step in self.steps():
-      manifest['files'] = manifest_lib.read(folder)['files']
-      manifest_lib.write(folder, manifest)
-      return
-    unfinished = self._folder(step, _UNFINISHED)
-    unfinished.mkdir(parents=True)
-    # Orbax refuses arrays without elements; the template alone can make them again.
-    arrays = {name: array for name, array in arrays.items() if array.size}
-    self._orbax.save(unfinished / _STATE, args=ocp.args.PyTreeSave(arrays))
+    with _saving(folder):
+      self._clean()
+      if step in self.steps():
+        manifest['files'] = manifest_lib.read(folder)['files']
+        manifest_lib.write(folder, manifest)
+        return
+      unfinished = self._folder(step, _UNFINISHED)
+      unfinished.mkdir(parents=True)
+      # Orbax refuses arrays without elements; the template alone can make them again.
+      arrays = {name: array for name, array in arrays.items() if array.size}
+      self._orbax.save(unfinished / _STATE, args=ocp.args.PyTreeSave(arrays))
     self._pending = self._finaliser.submit(self._finalise, unfinished, folder, manifest)
 
   def wait(self) -> None:
-    """Waits until the save under way is published; raises what it met, once."""
+    """Waits until the save under way is published; raises its SaveError once."""
     pending, self._pending = self._pending, None
     if pending is not None:
       pending.result()
@@ -154,10 +172,12 @@ class Checkpointer:
       self.wait()
     finally:
       self._finaliser.shutdown()
-      self._orbax.close()
+      # What it raises once more has come out of `save` or `wait`.
+      with self._quiet, contextlib.suppress(Exception):
+        self._orbax.close()
 
   def restore(self, template: PyTree, *, partial: bool = False) -> Restored | None:
-    """Restores the newest checkpoint whose every file has its checksum.
+    """Restores the newest checkpoint whose every file has its checksum and that Orbax can read.
 
     Writes nothing. The next `save` sets aside what was found damaged here.
 
@@ -188,13 +208,13 @@ class Checkpointer:
           raise manifest_lib.DamagedError(f'holds step {manifest["step"]}')
         changes = self._check_config(folder, manifest)
         manifest_lib.check_files(folder, manifest, checksums=True)
+        _check_arrays(folder, manifest, targets, partial)
+        state = _restore_arrays(self._orbax, folder / _STATE, targets)
       except manifest_lib.DamagedError as reason:
         skipped[steps[-1]] = f'{folder.name}: {reason}'
         logging.warning('%s: checkpoint skipped: %s', folder, reason)
         continue
-      _check_arrays(folder, manifest, targets, partial)
       self._damaged = set(skipped)
-      state = _restore_arrays(self._orbax, folder / _STATE, targets)
       leaves = [state[name] for name in targets]
       return Restored(
         jax.tree.unflatten(jax.tree.structure(template), leaves),
@@ -206,7 +226,7 @@ class Checkpointer:
     if skipped:
       raise UserError(
         f'{self._directory}: no checkpoint is good ({"; ".join(skipped.values())}); '
-        'move the folder away to begin anew'
+        'give another workdir to begin anew'
       )
     return None
 
@@ -230,14 +250,29 @@ class Checkpointer:
     return True
 
   def _finalise(self, unfinished: pathlib.Path, folder: pathlib.Path, manifest: dict) -> None:
-    self._orbax.wait_until_finished()
-    manifest['files'] = manifest_lib.list_files(unfinished)
-    manifest_lib.write(unfinished, manifest)
-    if folder.exists():  # and is not whole, else `save` would have kept it
-      _set_aside(folder)
-    unfinished.rename(folder)
-    manifest_lib.sync(self._directory)
-    self._prune()
+    try:
+      with _saving(folder):
+        self._orbax.wait_until_finished()
+        self._check_written(unfinished / _STATE, manifest['arrays'])
+        manifest['files'] = manifest_lib.list_files(unfinished)
+        manifest_lib.write(unfinished, manifest)
+        if folder.exists():  # and is not whole, else `save` would have kept it
+          _set_aside(folder)
+        unfinished.rename(folder)
+        durable.sync(self._directory)
+        self._prune()
+    except SaveError:
+      # The disk may be full.
+      shutil.rmtree(unfinished, ignore_errors=True)
+      raise
+
+  def _check_written(self, path: pathlib.Path, arrays: dict[str, Any]) -> None:
+    """Checks that Orbax finds what it has just written: it has dropped arrays without a word."""
+    metadata = self._orbax.metadata(path).item_metadata
+    found = set() if metadata is None else set(metadata.tree)
+    for name, array in arrays.items():
+      if name not in found and 0 not in array['shape']:
+        raise manifest_lib.DamagedError(f'Orbax did not write {name}')
 
   def _prune(self) -> None:
     steps = self.steps()
@@ -253,8 +288,8 @@ class Checkpointer:
 
   def _clean(self) -> None:
     """Removes what kills left behind, and sets aside what the last restore found damaged."""
-    for suffix in (_UNFINISHED, _REMOVED):
-      for path in self._directory.glob('*' + suffix):
+    for path in self._directory.glob('*'):
+      if path.suffix in (_UNFINISHED, _REMOVED) and path.stem.isdigit():
         logging.info('%s: removed, a kill had cut it short', path)
         shutil.rmtree(path)
     for step in self._damaged:
@@ -277,8 +312,24 @@ class Checkpointer:
     return changes
 
 
-def _is_not_orbax_chatter(record: python_logging.LogRecord) -> bool:
-  return record.levelno >= python_logging.WARNING or f'{os.sep}orbax{os.sep}' not in record.pathname
+@contextlib.contextmanager
+def _saving(folder: pathlib.Path) -> Iterator[None]:
+  """Turns what a save meets into one line; Orbax raises whatever the layers below it do."""
+  try:
+    yield
+  except Exception as error:
+    raise SaveError(f'{folder}: the checkpoint cannot be saved: {_reason(error)}') from error
+
+
+def _reason(error: Exception) -> str:
+  if isinstance(error, manifest_lib.DamagedError):
+    return str(error)
+  # TensorStore buries the number in a message of several hundred letters.
+  number = re.search(r"os_error_code='(\d+)'", str(error))
+  if number or (isinstance(error, OSError) and error.errno):
+    return os.strerror(int(number[1]) if number else error.errno)
+  line = str(error).partition('\n')[0][:200]
+  return f'{type(error).__name__}: {line}'
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -308,7 +359,12 @@ def _restore_arrays(orbax: ocp.AsyncCheckpointer, path: pathlib.Path, targets: d
       restore_args=ocp.checkpoint_utils.construct_restore_args(structs),
       partial_restore=True,
     )
-    restored = orbax.restore(path, args=args)
+    try:
+      restored = orbax.restore(path, args=args)
+    except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the files
+      raise
+    except Exception as error:
+      raise manifest_lib.DamagedError(f'Orbax cannot read it: {_reason(error)}') from error
   for name, target in targets.items():
     if not target.size:
       restored[name] = jnp.zeros(target.shape, target.dtype, device=target.sharding)

@@ -4,7 +4,6 @@ Everything a run does to its folder is here; what a step computes is in `step`.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import time
@@ -17,23 +16,27 @@ from ssm_moe import sharding
 from ssm_moe.config import ConfigError, ExperimentConfig, to_dict
 from ssm_moe.data.evaluation import EvalBatches
 from ssm_moe.data.pipeline import TrainBatches
+from ssm_moe.data.sources import check_sources
 from ssm_moe.errors import UserError
 from ssm_moe.models import accounting
-from ssm_moe.training import report
+from ssm_moe.training import durable, report
 from ssm_moe.training import step as step_lib
+from ssm_moe.training import workdir as workdir_lib
 from ssm_moe.training.checkpoint import Checkpointer
 from ssm_moe.training.metrics import MetricsLogger, read_metrics
 from ssm_moe.training.optimizer import make_schedule
 from ssm_moe.training.program import Program
 from ssm_moe.training.signals import StopSignals
 
-_LAST_GOOD = 'the last good checkpoint is kept, try a lower learning rate'
-
 
 class TrainingError(UserError):
   """A run that cannot go on: not a mistake in what was given, so another exit status."""
 
   exit_status = 1
+
+
+class _NotFiniteError(Exception):
+  """Which loss is not finite, and at which step."""
 
 
 @dataclasses.dataclass
@@ -69,48 +72,35 @@ def train_and_evaluate(config: ExperimentConfig, workdir: str | pathlib.Path) ->
   Raises:
     UserError: something in the config, the data or the folder; nothing has been written over.
     TrainingError: the loss is no longer finite.
+    SaveError or OSError: what the run writes cannot be written, on a full disk say.
   """
   workdir = pathlib.Path(workdir)
-  if workdir.exists() and not workdir.is_dir():
-    raise UserError(f'{workdir}: the workdir is a file; give a folder, or a path that is free')
   mesh = sharding.make_mesh(config.mesh)
   _check_batch(config, mesh)
-  shared = {
-    'batch_size': config.train.batch_size,
-    'sequence_length': config.train.sequence_length,
-    'vocab_size': config.model.vocab_size,
-    'cache_dir': workdir / 'tokens',
-    'process_index': jax.process_index(),
-    'process_count': jax.process_count(),
-  }
-  eval_data = EvalBatches(config.data, eval_tokens=config.train.eval_tokens, **shared)
-  train_data = TrainBatches(config.data, seed=config.train.seed, **shared)
-
-  program = Program(config, mesh)
   with (
-    StopSignals() as stop,
+    workdir_lib.held(workdir),
     Checkpointer(
       workdir / 'checkpoints', config=to_dict(config), keep_last=config.train.keep_checkpoints
     ) as checkpointer,
   ):
-    state, progress, changes = _restore_or_init(program, checkpointer)
-    _write_config(config, workdir)
-    with MetricsLogger(
-      workdir, first_step=progress.step, total_steps=config.train.num_steps
-    ) as metrics:
-      metrics.say(report.banner(config, mesh, workdir, train_data, eval_data, progress.step))
-      for change in changes:
-        metrics.say(f'changed  {change}')
-      run = _Run(config, workdir, program, train_data, eval_data, checkpointer, metrics, stop)
-      state, evaluation = run.train(state, progress)
-      summary = None if stop.requested else run.finish(state, progress, evaluation)
-      if summary is None:
-        checkpointer.wait()
-        metrics.say(
-          f'{stop.requested}: step {progress.step} is saved in {workdir}; '
-          'the same command goes on from there'
-        )
-      return summary
+    if not checkpointer.steps():
+      workdir_lib.check_own(workdir)
+    train_data, eval_data = _open_data(config, workdir)
+    program = Program(config, mesh)
+    # Not sooner: Ctrl-C in the work above has nothing to save.
+    with StopSignals() as stop:
+      state, progress, notes = _restore_or_init(config, workdir, program, checkpointer)
+      if progress.step < config.train.num_steps:
+        # Else the config in the folder stays that of the run which ended there.
+        workdir_lib.write_config(workdir, config)
+      with MetricsLogger(
+        workdir, first_step=progress.step, total_steps=config.train.num_steps
+      ) as metrics:
+        metrics.say(report.banner(config, mesh, workdir, train_data, eval_data, progress.step))
+        for note in notes:
+          metrics.say(note)
+        run = _Run(config, workdir, program, train_data, eval_data, checkpointer, metrics, stop)
+        return run.run(state, progress)
 
 
 class _Run:
@@ -134,6 +124,24 @@ class _Run:
     account = accounting.account(config.model, config.train.sequence_length)
     self._flops_per_token = account['flops_per_token_train']
 
+  def run(self, state: step_lib.TrainState, progress: Progress) -> dict | None:
+    """Trains, evaluates and reports; returns the summary, or None if a signal came before it."""
+    try:
+      state, evaluation = self.train(state, progress)
+      summary = None if self._stop.requested else self.finish(state, progress, evaluation)
+    except _NotFiniteError as error:
+      self._checkpointer.wait()
+      step = self._checkpointer.latest_step()
+      kept = 'there is no checkpoint' if step is None else f'the checkpoint of step {step} is kept'
+      raise TrainingError(f'{error}; {kept}; try a lower learning rate') from None
+    if summary is None:
+      self._checkpointer.wait()
+      self._metrics.say(
+        f'{self._stop.requested}: step {progress.step} is saved in {self._workdir}; '
+        'the same command goes on from there'
+      )
+    return summary
+
   def train(
     self, state: step_lib.TrainState, progress: Progress
   ) -> tuple[step_lib.TrainState, report.Evaluation | None]:
@@ -144,6 +152,9 @@ class _Run:
 
     Returns:
       The state, and the evaluation of the last step if there was one.
+
+    Raises:
+      _NotFiniteError: a loss is not finite; names the step.
     """
     train = self._config.train
     evaluation = None
@@ -157,6 +168,7 @@ class _Run:
     batches = self._train_data.iterate(progress.step)
     try:
       ahead = self._program.put(next(batches))
+      self._metrics.say('compiling ...')
       train_step = self._program.compile_train_step(state, ahead)
       window = _Window(self._write_row, progress, train)
       stop = False
@@ -203,6 +215,7 @@ class _Run:
     Returns None if a signal came in the evaluation.
     """
     if evaluation is None:
+      self._metrics.say('evaluating ...')
       evaluation = self._sum_evaluation(state, progress)
     if evaluation is None:
       return None
@@ -210,7 +223,8 @@ class _Run:
     report.draw(self._workdir, self._config.model, evaluation)
     sample = report.sample(self._config, state.params, self._train_data.tokenizer)
     if sample is not None:
-      print(sample, flush=True)
+      with durable.naming('standard output'):
+        print(sample, flush=True)
     return self._summary(progress, evaluation)
 
   def _summary(self, progress: Progress, evaluation: report.Evaluation) -> dict:
@@ -244,9 +258,7 @@ class _Run:
       jax.device_get(sums), self._config.model, num_bytes=self._eval_data.num_bytes
     )
     if not math.isfinite(evaluation.loss):
-      raise TrainingError(
-        f'step {progress.step}: the validation loss is {evaluation.loss}; {_LAST_GOOD}'
-      )
+      raise _NotFiniteError(f'step {progress.step}: the validation loss is {evaluation.loss}')
     return evaluation
 
   def _check_loss(
@@ -259,7 +271,7 @@ class _Run:
     """
     nats = float(self._program.eval_step(state.params, batch).nats)
     if not math.isfinite(nats):
-      raise TrainingError(f'step {progress.step + 1}: the loss is {nats}; {_LAST_GOOD}')
+      raise _NotFiniteError(f'step {progress.step + 1}: the loss is {nats}')
 
   def _save(
     self,
@@ -327,9 +339,9 @@ class _Window:
     metrics, self._waiting = jax.device_get(self._waiting), None
     progress = self._progress
     if not (np.isfinite(metrics.loss) and np.isfinite(metrics.gradient_norm)):
-      raise TrainingError(
+      raise _NotFiniteError(
         f'step {progress.step + 1}: the loss is {metrics.loss} and the gradient norm '
-        f'{metrics.gradient_norm}; {_LAST_GOOD}'
+        f'{metrics.gradient_norm}'
       )
     now = time.perf_counter()
     progress.seconds += now - self._clock
@@ -366,21 +378,33 @@ def _check_batch(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
     )
 
 
+def _open_data(config: ExperimentConfig, workdir: pathlib.Path) -> tuple[TrainBatches, EvalBatches]:
+  # Both lists, before the one or the other is tokenised.
+  check_sources(config.data, vocab_size=config.model.vocab_size)
+  shared = {
+    'batch_size': config.train.batch_size,
+    'sequence_length': config.train.sequence_length,
+    'vocab_size': config.model.vocab_size,
+    'cache_dir': workdir / 'tokens',
+    'process_index': jax.process_index(),
+    'process_count': jax.process_count(),
+  }
+  eval_data = EvalBatches(config.data, eval_tokens=config.train.eval_tokens, **shared)
+  return TrainBatches(config.data, seed=config.train.seed, **shared), eval_data
+
+
 def _restore_or_init(
-  program: Program, checkpointer: Checkpointer
+  config: ExperimentConfig, workdir: pathlib.Path, program: Program, checkpointer: Checkpointer
 ) -> tuple[step_lib.TrainState, Progress, list[str]]:
-  """Returns the state and progress to go on from, and what has changed in the config since."""
+  """Returns the state and progress to go on from, and what to tell the user of it."""
   restored = checkpointer.restore(program.template)
   if restored is None:
-    return program.init_state(), Progress(), []
+    return program.init_state(), Progress(), workdir_lib.set_aside(workdir)
+  if restored.step > config.train.num_steps:
+    raise ConfigError(
+      f'config.train.num_steps is {config.train.num_steps}; the run in {workdir} is at step '
+      f'{restored.step}, so it must be at least {restored.step}'
+    )
   known = {field.name for field in dataclasses.fields(Progress)}
   progress = Progress(**{k: v for k, v in restored.metadata.items() if k in known})
-  return restored.state, progress, restored.changes
-
-
-def _write_config(config: ExperimentConfig, workdir: pathlib.Path) -> None:
-  """Writes WORKDIR/config.json; the folder's checkpoints were found to be of this architecture."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  temporary = workdir / 'config.json.unfinished'
-  temporary.write_text(json.dumps(to_dict(config), indent=2) + '\n')
-  temporary.replace(workdir / 'config.json')
+  return restored.state, progress, [f'changed  {change}' for change in restored.changes]

@@ -6,11 +6,11 @@ no checkpoint.
 
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any
 
 from ssm_moe.errors import UserError
+from ssm_moe.training import durable
 
 # Raised by one when a reader of the former version could misread a checkpoint. The encoding and the
 # keys 'schema_version' and 'sha256' keep their meaning in every version.
@@ -34,13 +34,7 @@ def encode(manifest: dict[str, Any]) -> bytes:
 def write(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
   """Writes `manifest` into `folder` with its checksum, at once and durably."""
   signed = manifest | {'sha256': hashlib.sha256(encode(manifest)).hexdigest()}
-  temporary = folder / (FILE_NAME + '.unfinished')
-  with temporary.open('wb') as file:
-    file.write(encode(signed))
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(folder / FILE_NAME)
-  sync(folder)
+  durable.write(folder / FILE_NAME, encode(signed))
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -97,15 +91,6 @@ def check_files(folder: pathlib.Path, manifest: dict[str, Any], *, checksums: bo
         raise DamagedError(f'{name} does not have its checksum')
     except OSError as error:
       raise DamagedError(f'{name}: {error.strerror}') from None
-
-
-def sync(folder: pathlib.Path) -> None:
-  """Makes renames in `folder` survive a power cut."""
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard events and progress on standard error."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import tqdm
 
 from ssm_moe.errors import UserError
 from ssm_moe.shapes import Float
+from ssm_moe.training import durable
 from ssm_moe.training.event_file import EventFile
 
 # First in every line, in this order; other keys follow by name.
@@ -51,10 +53,12 @@ class MetricsLogger:
     path = workdir / 'metrics.jsonl'
     if path.exists():
       _drop_rows_after(path, first_step)
+    self._path = path
     self._file = path.open('a', encoding='utf-8')
     # Rows of the restored step itself are kept, except at 0, where nothing was restored.
     hidden_from = first_step + 1 if first_step else 0
-    self._events = EventFile(workdir / 'tensorboard', first_step=hidden_from)
+    with durable.naming(workdir / 'tensorboard'):
+      self._events = EventFile(workdir / 'tensorboard', first_step=hidden_from)
     self._progress = _Progress(first_step, total_steps, seconds_between_lines)
 
   def __enter__(self) -> 'MetricsLogger':
@@ -77,14 +81,19 @@ class MetricsLogger:
         `valid_loss` is an evaluation.
       expert_load: For TensorBoard only.
       layer_names: One a layer; their numbers if empty.
+
+    Raises:
+      OSError: the disk is full, say; names the file.
     """
     names = layer_names or [f'{layer:02d}' for layer in range(len(expert_load))]
     order = [key for key in _FIRST_KEYS if key in row]
     plain = {key: _plain(row[key]) for key in [*order, *sorted(set(row) - set(order))]}
-    self._file.write(json.dumps(plain, allow_nan=False) + '\n')
-    self._file.flush()
+    with durable.naming(self._path):
+      self._file.write(json.dumps(plain, allow_nan=False) + '\n')
+      self._file.flush()
     bars = {f'expert_load/{name}': load for name, load in zip(names, expert_load, strict=True)}
-    self._events.write(plain['step'], _scalars(plain), bars)
+    with durable.naming(self._path.with_name('tensorboard')):
+      self._events.write(plain['step'], _scalars(plain), bars)
     self._progress.show(plain)
 
   def say(self, text: str) -> None:
@@ -92,13 +101,17 @@ class MetricsLogger:
     self._progress.say(text)
 
   def close(self) -> None:
-    self._file.close()
-    self._events.close()
     self._progress.close()
+    for file in (self._file, self._events):
+      # What is not on the disk now, `write` has raised an error for.
+      with contextlib.suppress(OSError):
+        file.close()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   """Reads the rows of a metrics.jsonl; a last line that a kill cut short is left out.
+
+  Such a line has no line break: one that has is of another hand.
 
   Raises:
     UserError: there is no such file, or another line of it is no row.
@@ -134,16 +147,16 @@ class _Progress:
     self._printed = -math.inf
     self._first: tuple[int, float] | None = None
     self._bar = None
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         total=total_steps, initial=first_step, unit='step', dynamic_ncols=True, file=sys.stderr
       )
 
   def say(self, text: str) -> None:
-    if self._bar is None:
-      print(text, file=sys.stderr, flush=True)
-    else:
+    if self._bar is not None:
       self._bar.write(text, file=sys.stderr)
+    elif sys.stderr is not None:  # closed; `print` would take standard output instead
+      print(text, file=sys.stderr, flush=True)
 
   def show(self, row: dict[str, Any]) -> None:
     step, now = row['step'], time.monotonic()
@@ -224,17 +237,18 @@ def _plain(value: Any) -> Any:
 def _rows(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
   """Returns each line with the row in it."""
   try:
-    lines = path.read_bytes().splitlines()
+    data = path.read_bytes()
   except OSError as error:
     raise UserError(f'{path}: {error.strerror}') from None
+  lines = data.splitlines()
   rows = []
   for number, line in enumerate(lines, 1):
     try:
       row = json.loads(line)
       if not isinstance(row['step'], int):
         raise TypeError
-    except (ValueError, TypeError, LookupError):
-      if number < len(lines):
+    except (ValueError, TypeError, LookupError, RecursionError):
+      if number < len(lines) or data.endswith(b'\n'):
         raise UserError(f'{path}: line {number} is no row of metrics; mend or move it') from None
       break
     rows.append((line, row))
@@ -243,9 +257,4 @@ def _rows(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 def _drop_rows_after(path: pathlib.Path, step: int) -> None:
   kept = [line + b'\n' for line, row in _rows(path) if 0 < step >= row['step']]
-  temporary = path.with_name(path.name + '.unfinished')
-  with temporary.open('wb') as file:
-    file.writelines(kept)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  durable.write(path, b''.join(kept))

@@ -18,6 +18,7 @@ from ssm_moe.inference.generate import generate
 from ssm_moe.models import accounting
 from ssm_moe.models.block import PeriodAux, layer_names
 from ssm_moe.shapes import PyTree
+from ssm_moe.training import durable
 from ssm_moe.training.metrics import read_metrics, routing_statistics
 from ssm_moe.training.step import EvalSums
 
@@ -138,9 +139,11 @@ def banner(
 
 def draw(workdir: pathlib.Path, config: ModelConfig, evaluation: Evaluation) -> None:
   """Draws loss.png and, for a routed model, expert_load.png."""
-  plots.plot_loss(read_metrics(workdir / 'metrics.jsonl'), workdir / 'loss.png')
+  with durable.naming(workdir / 'loss.png'):
+    plots.plot_loss(read_metrics(workdir / 'metrics.jsonl'), workdir / 'loss.png')
   if evaluation.expert_load:
-    plots.plot_expert_load(evaluation.expert_load, workdir / 'expert_load.png', evaluation.names)
+    with durable.naming(workdir / 'expert_load.png'):
+      plots.plot_expert_load(evaluation.expert_load, workdir / 'expert_load.png', evaluation.names)
 
 
 def sample(config: ExperimentConfig, params: PyTree, tokenizer: Tokenizer | None) -> str | None:
@@ -166,5 +169,6 @@ def sample(config: ExperimentConfig, params: PyTree, tokenizer: Tokenizer | None
 def _printable(text: str) -> str:
   """Returns what any terminal can show: no control sequence, no letter that it cannot encode."""
   shown = ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
-  encoding = sys.stdout.encoding or 'utf-8'
+  # There is no standard output if whoever started this closed it.
+  encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
   return shown.encode(encoding, errors='replace').decode(encoding)

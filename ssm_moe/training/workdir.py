@@ -35,24 +35,25 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
   """
   made: list[pathlib.Path] = []
   try:
-    try:
+    with _refusing(workdir):
       made = [path for path in (workdir, *workdir.parents) if not os.path.lexists(path)]
       if not made and not workdir.is_dir():
         raise UserError(f'{workdir}: the workdir is a file; give a folder, or a path that is free')
       workdir.mkdir(parents=True, exist_ok=True)
       _check_kinds(workdir)
       descriptor = _lock(workdir)
-    except OSError as error:
-      raise UserError(f'{workdir}: the workdir cannot be written ({error.strerror})') from error
     try:
+      with _refusing(workdir):
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f'{os.getpid()}\n'.encode(), 0)
       yield
     finally:
-      # Still locked: whoever has opened this file meanwhile finds that it is no longer in its place.
+      # Still locked: who has opened this file meanwhile finds that it is no longer in its place.
       (workdir / 'lock').unlink(missing_ok=True)
       os.close(descriptor)
   finally:
-    with contextlib.suppress(OSError):
-      for path in made:
+    for path in made:
+      with contextlib.suppress(OSError):
         path.rmdir()
 
 
@@ -131,16 +132,30 @@ def _lock(workdir: pathlib.Path) -> int:
   while True:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-      _lock_file(descriptor, workdir)
-      if not re.fullmatch(rb'\d*\n?', os.pread(descriptor, 100, 0)):
-        raise UserError(f'{path} is of no run of ssm_moe; give another workdir')
-      # The process that held the lock before may have removed this file after it was opened here.
-      if path.exists() and os.path.sameopenfile(descriptor, descriptor_of := os.open(path, 0)):
-        os.close(descriptor_of)
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f'{os.getpid()}\n'.encode(), 0)
+      content = os.pread(descriptor, 100, 0)
+      if not re.fullmatch(rb'\d*\n?', content):
+        raise UserError(f'{path} is there and of no run that ssm_moe knows; give another workdir')
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        holder = f'another process ({content.decode().strip() or "just started"})'
+        raise UserError(
+          f'{holder} is training in {workdir}; wait for its end, or give another workdir'
+        ) from None
+      except OSError as error:
+        logging.warning('%s cannot be locked (%s): let no other run use it', path, error.strerror)
+      # The process that held it may have removed this file after it was opened here.
+      if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
         return descriptor
     except BaseException:
       os.close(descriptor)
       raise
     os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _refusing(workdir: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f'{workdir}: the workdir cannot be written ({error.strerror})') from error

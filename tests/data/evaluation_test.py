@@ -3,11 +3,11 @@
 import chex
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ssm_moe.config import DataConfig
-from ssm_moe.data import evaluation
+from ssm_moe.data import DataError, evaluation
 from ssm_moe.data.evaluation import EvalBatches
 from ssm_moe.data.sources import TextSource
 from ssm_moe.data.tokenizer import ByteTokenizer
@@ -20,20 +20,18 @@ def make(folder_of):
   """Makes batches over lists of documents, one list a source."""
 
   def make(*documents, names=(), batch_size=3, sequence_length=8, **changes):
-    patch = pytest.MonkeyPatch()
-    if documents:
-      opened = tuple(TextSource('memory', folder_of(d), ByteTokenizer()) for d in documents)
-      patch.setattr(evaluation, 'open_sources', lambda *args, **kwargs: opened)
-    batches = EvalBatches(
-      DataConfig(valid=names),
-      batch_size=batch_size,
-      sequence_length=sequence_length,
-      vocab_size=257,
-      cache_dir='unused',
-      **changes,
-    )
-    patch.undo()
-    return batches
+    with pytest.MonkeyPatch.context() as patch:
+      if documents:
+        opened = tuple(TextSource('memory', folder_of(d), ByteTokenizer()) for d in documents)
+        patch.setattr(evaluation, 'open_sources', lambda *args, **kwargs: opened)
+      return EvalBatches(
+        DataConfig(valid=names),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        vocab_size=257,
+        cache_dir='unused',
+        **changes,
+      )
 
   return make
 
@@ -58,8 +56,9 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, 255), max_size=20), min_size=1, max
   sequence_length=st.integers(1, 9),
 )
 def test_every_token_of_every_document_is_scored_once(make, sources, batch_size, sequence_length):
-  batches = make(*sources, batch_size=batch_size, sequence_length=sequence_length)
   documents = [document for source in sources for document in source]
+  assume(any(documents))
+  batches = make(*sources, batch_size=batch_size, sequence_length=sequence_length)
   assert scored(batches) == [token for document in documents for token in [*document, END]]
   assert batches.num_tokens == sum(len(document) + 1 for document in documents)
   assert batches.num_bytes == sum(map(len, documents))
@@ -82,6 +81,7 @@ def test_every_token_of_every_document_is_scored_once(make, sources, batch_size,
 @settings(deadline=None)
 @given(documents=DOCUMENTS, eval_tokens=st.integers(1, 60))
 def test_as_many_whole_documents_as_fit_but_at_least_one(make, documents, eval_tokens):
+  assume(documents[0])
   batches = make(documents, eval_tokens=eval_tokens)
   count = batches.num_documents
   assert scored(batches) == [t for document in documents[:count] for t in [*document, END]]
@@ -131,3 +131,11 @@ def test_standard_library_by_name(tmp_path):
   assert len(text.replace('<|endoftext|>', '').encode()) == batches.num_bytes
   assert batches.num_tokens <= 20_000
   assert 'stdlib' in batches.describe()
+
+
+def test_documents_without_a_byte_are_refused(make):
+  with pytest.raises(DataError, match=r'config\.data\.valid: the documents .* are all empty'):
+    make([[], []])
+  with pytest.raises(DataError, match='are all empty'):
+    make([[], [1, 2, 3]], eval_tokens=1)
+  assert make([[], []], [[1]]).num_bytes == 1

@@ -55,7 +55,7 @@ def make(folders, tmp_path_factory):
 SETTINGS = {
   'shuffled': dict(names=('lower',)),
   'carried': dict(names=('lower',), carry_state=True),
-  'mixed': dict(names=('lower', 'upper', 'induction_heads'), weights=(3, 1, 2)),
+  'mixed': dict(names=('lower', 'upper', 'induction_heads'), weights=(3.0, 1.0, 2.0)),
 }
 
 
@@ -130,7 +130,8 @@ def test_each_epoch_has_every_window_once_in_another_order(make):
 
 
 @pytest.mark.parametrize(
-  ('weights', 'share'), [((3, 1), 0.75), ((1, 4), 0.2), ((0.5, 0.5), 0.5), ((999, 1), 0.999)]
+  ('weights', 'share'),
+  [((3.0, 1.0), 0.75), ((1.0, 4.0), 0.2), ((0.5, 0.5), 0.5), ((999.0, 1.0), 0.999)],
 )
 def test_sources_are_mixed_by_weight(make, weights, share):
   lower = rows(make('lower', 'upper', weights=weights), range(250)) >= 97
@@ -201,7 +202,7 @@ def test_reading_ahead_is_bounded(make):
 
 
 def test_banner_and_tokenizer(make):
-  batches = make('lower', 'induction_heads', weights=(1, 3))
+  batches = make('lower', 'induction_heads', weights=(1.0, 3.0))
   lines = batches.describe().splitlines()
   assert len(lines) == 2
   assert '60 documents' in lines[0] and 'weight 0.250' in lines[0] and 'weight 0.750' in lines[1]

@@ -7,9 +7,9 @@ import pytest
 
 from ssm_moe.config import DataConfig
 from ssm_moe.data import DataError, sources
-from ssm_moe.data.sources import open_sources
+from ssm_moe.data.sources import check_sources, open_sources
 from ssm_moe.data.token_files import write_token_folder
-from ssm_moe.data.tokenizer import ByteTokenizer
+from ssm_moe.data.tokenizer import ByteTokenizer, load_tokenizer
 
 
 @pytest.fixture
@@ -104,6 +104,48 @@ def test_what_does_not_fit_is_refused_in_one_line(text, tmp_path, tokenizer_json
   with pytest.raises(DataError, match=r'config\.data\.valid is empty'):
     open_sources(DataConfig(valid=()), 'valid', vocab_size=300, cache_dir=cache)
   assert not list(cache.glob('*')), 'text was tokenised, or files left, for nothing'
+
+
+def test_all_sources_are_looked_at_before_one_is_tokenised(text, tmp_path, tokenizer_json):
+  tokens, cache = tmp_path / 'tokens', tmp_path / 'cache'
+  write_token_folder(tokens, ['a'], ByteTokenizer(), source='test')
+  (tokens / 'metadata.json').write_text('{"schema": 99}')
+  # Of the folder made by another tokenizer, the tokens are not read.
+  other = tmp_path / 'other'
+  write_token_folder(other, ['a'], load_tokenizer(str(tokenizer_json)), source='test')
+  (other / 'tokens.bin').write_bytes(b'')
+  for bad, reason in (
+    (tmp_path / 'absent.txt', 'no such file'),
+    (tokens, 'schema 99'),
+    (other, 'made by another'),
+  ):
+    config = DataConfig(train=(str(text), str(bad)), valid=(str(text),))
+    with pytest.raises(DataError, match=reason):
+      open_sources(config, 'train', vocab_size=300, cache_dir=cache)
+    for train, valid in ((str(text), str(bad)), (str(bad), str(text))):
+      with pytest.raises(DataError, match=reason):
+        check_sources(DataConfig(train=(train,), valid=(valid,)), vocab_size=300)
+  assert not cache.exists()
+  check_sources(DataConfig(train=(str(text),), valid=('stdlib',)), vocab_size=300)
+  with pytest.raises(DataError, match='must be at least 257'):
+    check_sources(DataConfig(train=(str(text),), valid=('induction_heads',)), vocab_size=256)
+  assert not cache.exists()
+
+
+def test_only_tokenising_that_lasts_is_logged(tmp_path, caplog, monkeypatch):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"text": "fine"}\nnot JSON\n')
+  with caplog.at_level('INFO', logger='absl'), pytest.raises(DataError, match='not JSON'):
+    open_one(path, tmp_path / 'cache')
+  path.write_text('{"text": "fine"}\n')
+  with caplog.at_level('INFO', logger='absl'):
+    open_one(path, tmp_path / 'cache')
+  assert not caplog.messages
+  monkeypatch.setattr(sources, '_LOG_SECONDS', 0.0)
+  path.write_text('{"text": "finer"}\n')
+  with caplog.at_level('INFO', logger='absl'):
+    open_one(path, tmp_path / 'cache')
+  assert [message.partition(' ')[0] for message in caplog.messages] == ['Tokenising', 'Tokenised']
 
 
 def test_a_damaged_cache_says_what_to_remove(text, tmp_path):

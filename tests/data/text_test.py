@@ -65,6 +65,13 @@ def test_nothing_found_is_an_error(tmp_path, name, reason):
     find_files(tmp_path / name)
 
 
+def test_an_empty_name_does_not_mean_the_current_folder(tmp_path, monkeypatch):
+  (tmp_path / 'a.txt').touch()
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(DataError, match='the name of a file is empty'):
+    find_files('')
+
+
 def test_an_unknown_suffix_is_an_error(tmp_path):
   (tmp_path / 'a.md').touch()
   with pytest.raises(DataError, match=r'a\.md.* must end in \.txt'):
@@ -79,9 +86,11 @@ BAD = {
   'latin.txt': ('é'.encode('latin-1'), 'not UTF-8'),
   'latin.jsonl': (GOOD_LINE + '{"text": "é"}'.encode('latin-1'), ':2: not UTF-8'),
   'broken.jsonl': (GOOD_LINE * 2 + b'{"text": ', ':3: not JSON'),
-  'list.jsonl': (b'["text"]', ':1: a list'),
+  'list.jsonl': (b'["text"]', ':1: of type list; each line must be'),
+  'deep.jsonl': (GOOD_LINE + b'[' * 200_000, ':2: JSON that cannot be read .nested too deep'),
+  'long.jsonl': (b'9' * 10_000, ':1: JSON that cannot be read .too many digits'),
   'field.jsonl': (b'{"body": "a"}', r":1: no field 'text'; there are: body"),
-  'number.jsonl': (GOOD_LINE + b'{"text": 3}', ":2: the field 'text' is a int"),
+  'number.jsonl': (GOOD_LINE + b'{"text": 3}', ":2: the field 'text' is of type int"),
   'surrogate.jsonl': (rb'{"text": "\ud800"}', ':1: not Unicode text'),
   'cut.jsonl.xz': (lzma.compress(GOOD_LINE * 99)[:-20], 'truncated or damaged'),
   'cut.jsonl.gz': (gzip.compress(GOOD_LINE * 99)[:-20], 'truncated or damaged'),
@@ -109,7 +118,7 @@ def test_bad_parquet_columns_are_named(tmp_path):
   parquet.write_table(pa.table({'body': ['a', None]}), path)
   with pytest.raises(DataError, match="no column 'text'; there are: body"):
     list(read_documents([path]))
-  with pytest.raises(DataError, match=r'row 2: the field .* is a NoneType'):
+  with pytest.raises(DataError, match=r'row 2: the field .* is of type NoneType'):
     list(read_documents([path], 'body'))
 
 

@@ -1,12 +1,17 @@
 """Token folders hold what was written, whole or not at all, and damage is found on opening."""
 
 import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from ssm_moe.data import DataError
+from ssm_moe.data import DataError, token_files
 from ssm_moe.data.token_files import FolderExistsError, open_token_folder, write_token_folder
 from ssm_moe.data.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -115,8 +120,93 @@ def test_a_failure_leaves_nothing(tmp_path, error):
     raise error('in the middle')
 
   with pytest.raises(error):
-    write_token_folder(tmp_path / 'a' / 'tokens', documents(), ByteTokenizer(), source='test')
-  assert not list((tmp_path / 'a').iterdir())
+    write_token_folder(tmp_path / 'a' / 'b' / 'c', documents(), ByteTokenizer(), source='test')
+  assert not list(tmp_path.iterdir())
+  (tmp_path / 'a').mkdir()  # but a folder that was there stays
+  with pytest.raises(error):
+    write_token_folder(tmp_path / 'a' / 'b', documents(), ByteTokenizer(), source='test')
+  assert list(tmp_path.rglob('*')) == [tmp_path / 'a']
+
+
+@pytest.mark.parametrize('name', ['tokens.bin', 'document_offsets.npy', 'metadata.json'])
+def test_a_full_disk_is_said_of_the_folder_and_leaves_nothing(tmp_path, monkeypatch, name):
+  def full(file, *args):
+    return open('/dev/full' if str(file).endswith(name) else file, *args)
+
+  monkeypatch.setattr(token_files, 'open', full, raising=False)
+  with pytest.raises(OSError, match='No space left') as caught:
+    write_token_folder(tmp_path / 'a' / 'tokens', ['a'], ByteTokenizer(), source='test')
+  assert caught.value.filename == str(tmp_path / 'a' / 'tokens')
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_within_an_array_is_said_too(tmp_path):
+  documents = ['a'] * 30_000  # 120 kB of tokens, 240 kB of offsets
+  _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+  try:
+    with pytest.raises(OSError, match='File too large') as caught:
+      write_token_folder(tmp_path / 'tokens', documents, ByteTokenizer(), source='test')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert caught.value.filename == str(tmp_path / 'tokens')
+
+
+def test_an_error_of_reading_keeps_the_name_of_what_was_read(tmp_path):
+  with pytest.raises(FileNotFoundError) as caught:
+    documents = (pathlib.Path(name).read_text() for name in ['/absent/text'])
+    write_token_folder(tmp_path / 'tokens', documents, ByteTokenizer(), source='test')
+  assert caught.value.filename == '/absent/text'
+
+
+KILLED = """
+import sys
+from ssm_moe.data.token_files import write_token_folder
+from ssm_moe.data.tokenizer import ByteTokenizer
+
+def documents():
+  yield 'x' * 3_000_000
+  print('ready', flush=True)
+  sys.stdin.read()
+
+write_token_folder(sys.argv[1], documents(), ByteTokenizer(), source='test')
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(
+  tmp_path,
+):
+  path = tmp_path / 'tokens'
+  process = subprocess.Popen(
+    [sys.executable, '-c', KILLED, path],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+  )
+  assert process.stdout.readline() == b'ready\n'
+  (partial,) = tmp_path.iterdir()
+  os.utime(partial, (1, 1))  # as if begun long ago
+
+  def fail():
+    raise DataError('stop')
+    yield
+
+  def write():
+    with pytest.raises(DataError):
+      write_token_folder(path, fail(), ByteTokenizer(), source='test')
+
+  write()
+  assert list(tmp_path.iterdir()) == [partial] and (partial / 'tokens.bin').stat().st_size
+  process.kill()
+  process.communicate()
+  other = tmp_path / '.other.1-00000000.partial'
+  other.mkdir()
+  os.utime(partial)  # young: its writer may be about to lock it
+  write()
+  assert sorted(tmp_path.iterdir()) == sorted([partial, other])
+  os.utime(partial, (1, 1))
+  write()
+  assert list(tmp_path.iterdir()) == [other]
 
 
 def test_no_documents_and_no_place_are_errors(tmp_path):

@@ -1,15 +1,19 @@
-"""Every config file builds a training state and a step, and says how it is run."""
+"""Every row of every config builds, learns when small, and says how it is run."""
 
+import dataclasses
+import functools
 import pathlib
 import re
 import runpy
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
 from ssm_moe import sharding
+from ssm_moe.config import ExperimentConfig, OptimizerConfig, TrainConfig
 from ssm_moe.models import accounting
 from ssm_moe.training import step as step_lib
 from ssm_moe.training.optimizer import make_optimizer
@@ -24,7 +28,7 @@ def test_there_are_the_configs_of_the_papers():
   assert expected | {'quickstart:rom', 'quickstart:mamba'} <= set(config_files.NAMES)
 
 
-@pytest.mark.parametrize('name', config_files.NAMES)
+@pytest.mark.parametrize('name', config_files.FIRST)
 def test_builds_a_state_and_a_step(name):
   config = config_files.load(name)
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
@@ -48,13 +52,85 @@ def test_builds_a_state_and_a_step(name):
     lambda x: (x.shape, x.dtype), state
   )
   assert (metrics.loss.shape, metrics.loss.dtype) == ((), jnp.float32)
-  assert bool(metrics.aux) == ('E' in config.model.layers or config.model.mamba.rom.kind != 'none')
+  routed = any(config.model.routing_of(letter) for letter in config.model.layers)
+  assert bool(metrics.aux) == routed
   # Parameters and moments are stored in float32, whatever the computation is done in.
   assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {'float32', 'int32'}
   mesh = sharding.make_mesh(config.mesh)
   layouts = step_lib.state_shardings(mesh, boxed)
   assert jax.tree.structure(layouts) == jax.tree.structure(state)
   assert config.train.batch_size // config.train.accumulation_steps % 8 == 0  # eight devices
+
+
+def _shrunken(model):
+  """The same design, small enough to train: the rows of a sweep often come to the same model.
+
+  The time is in compiling: of the scans' implementations, the one that compiles fastest.
+  """
+  roms = {
+    name: dataclasses.replace(
+      getattr(model, name).rom,
+      num_experts=min(getattr(model, name).rom.num_experts, 4),
+      bottleneck=getattr(model, name).rom.bottleneck and 6,
+    )
+    for name in ('mamba', 'mamba2')
+  }
+  return dataclasses.replace(
+    model,
+    vocab_size=31,
+    d_model=16,
+    num_periods=1,
+    dtype='float32',
+    mamba=dataclasses.replace(
+      model.mamba,
+      d_inner=model.mamba.d_inner and 24,
+      d_state=4,
+      scan_implementation='reference',
+      rom=roms['mamba'],
+    ),
+    mamba2=dataclasses.replace(
+      model.mamba2, d_state=4, head_dim=8, scan_implementation='reference', rom=roms['mamba2']
+    ),
+    attention=dataclasses.replace(model.attention, num_heads=2, window=8),
+    mlp=dataclasses.replace(model.mlp, d_ff=24),
+    moe=dataclasses.replace(model.moe, num_experts=min(model.moe.num_experts, 4), d_ff=24),
+  )
+
+
+@functools.cache
+def _losses_of_three_steps(model):
+  config = ExperimentConfig(
+    model=model,
+    optimizer=OptimizerConfig(peak_learning_rate=1e-2, schedule='constant', warmup_fraction=0.0),
+    train=TrainConfig(batch_size=8, sequence_length=16, num_steps=3),
+  )
+  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+  # Each token follows from the one before: something to learn.
+  first = np.random.default_rng(0).integers(0, 31, (8, 1))
+  tokens = ((first + 3 * np.arange(17)[None, :]) % 31).astype(np.int32)
+  batch = {
+    'inputs': tokens[:, :-1],
+    'targets': tokens[:, 1:],
+    'segment_ids': np.ones((8, 16), np.int32),
+    'loss_mask': np.ones((8, 16), np.float32),
+    'continues': np.zeros(8, bool),
+  }
+  with jax.numpy_dtype_promotion('standard'):
+    init = jax.jit(lambda key: nn.unbox(step_lib.init_train_state(config, optimizer, key)))
+    state = init(jax.random.key(0))
+    train_step = jax.jit(step_lib.make_train_step(config, optimizer))
+    losses = []
+    for _ in range(3):
+      state, metrics = train_step(state, batch)
+      losses.append(float(metrics.loss))
+  return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', config_files.NAMES)
+def test_a_shrunken_version_learns(name):
+  losses = _losses_of_three_steps(_shrunken(config_files.load(name).model))
+  assert np.isfinite(losses).all() and losses[0] > losses[1] > losses[2], losses
 
 
 def test_the_models_of_the_quickstart_have_the_same_active_size():
@@ -64,6 +140,15 @@ def test_the_models_of_the_quickstart_have_the_same_active_size():
     if name.startswith('quickstart:')
   ]
   assert len(sizes) == 3 and max(sizes) < 1.02 * min(sizes), sizes
+
+
+def test_the_models_of_the_ordering_have_the_same_active_size():
+  sizes = [
+    accounting.account(config_files.load(name).model, sequence_length=256)['active_params']
+    for name in config_files.NAMES
+    if name.startswith('ordering:')
+  ]
+  assert len(sizes) == 8 and max(sizes) < 1.04 * min(sizes), sizes
 
 
 @pytest.mark.parametrize('path', FILES_WITH_ROWS, ids=config_files.name_of)
@@ -77,7 +162,7 @@ def test_a_row_that_there_is_not_is_an_error_that_names_the_rows(path):
 def test_its_docstring_is_a_lab_note(path):
   text = path.read_text()
   note = text.split('"""')[1]
-  if path.stem != 'quickstart':  # whose figures are in the README
+  if path.stem != 'quickstart':  # whose figures are in the README too
     assert re.search(r'^Result: \S', note, re.MULTILINE), 'the figures, or "not yet run"'
   named = set(re.findall(r'experiments/\S+\.py', note))
   assert (

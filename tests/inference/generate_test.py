@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import chex
 import jax
@@ -84,6 +85,37 @@ def test_a_single_token_is_the_first_of_many():
   chex.assert_shape(one, (2, 1))
   assert one.dtype == many.dtype == jnp.int32
   np.testing.assert_array_equal(one, many[:, :1])
+
+
+def test_no_tokens_are_written_where_none_are_asked_for():
+  tokens = generate(
+    _params('mamba'),
+    _prompt(5),
+    jax.random.key(0),
+    config=_MODELS['mamba'],
+    num_tokens=0,
+    temperature=1.0,
+  )
+  chex.assert_shape(tokens, (2, 0))
+  assert tokens.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+  ('change', 'error', 'message'),
+  [
+    (dict(prompt=_prompt(0)), ValueError, r'prompt has shape \(2, 0\); .* at least one token'),
+    (dict(prompt=_prompt(5)[0]), ValueError, r'prompt has shape \(5,\); it must be \[B, L\]'),
+    (dict(prompt=_prompt(5) / 2), TypeError, 'prompt is float32; it must be integer'),
+    (dict(num_tokens=-1), ValueError, 'num_tokens is -1; it must be finite and not negative'),
+    (dict(temperature=-0.5), ValueError, 'temperature is -0.5; it must be finite and not neg'),
+    (dict(temperature=float('nan')), ValueError, 'temperature is nan; it must be finite'),
+  ],
+)
+def test_what_cannot_be_continued_is_refused(change, error, message):
+  arguments = dict(prompt=_prompt(5), num_tokens=3, temperature=1.0) | change
+  with pytest.raises(error, match=f'^generate: {message}'):
+    # Where types are checked at run time, they would answer before the function does.
+    inspect.unwrap(generate)({}, key=jax.random.key(0), config=_MODELS['mamba'], **arguments)
 
 
 def test_the_key_decides_and_nothing_else():

@@ -211,8 +211,8 @@ def test_gradients_are_gathers_not_scatters(rng):
     (100, 1.0, 'up', 1, 13),  # 100 / 8 = 12.5
     (100, 1.0, 'down', 1, 12),
     (100, 1.25, 'up', 8, 16),  # 15.6
-    (80, 1.1, 'up', 1, 11),  # 11 exactly, though 1.1 * 80 / 8 is 11.000000000000002
-    (80, 0.7, 'down', 1, 7),  # 7 exactly
+    (400, 1.1, 'up', 1, 55),  # 55 exactly, though 1.1 * 400 / 8 is 55.00000000000001
+    (360, 1.4, 'down', 1, 63),  # 63 exactly, though 1.4 * 360 / 8 is 62.99999999999999
     (4, 1.0, 'down', 4, 4),  # never none
   ],
 )

@@ -131,7 +131,7 @@ def test_sequence_equals_steps(mixer):
   module, variables, x = mixer
   whole, last, *_ = _apply(module, variables, x)
   state = mamba2_lib.initial_state(
-    module.mamba2, d_model=_D_MODEL, batch=_BATCH, dtype=jnp.dtype('float32')
+    module.config, d_model=_D_MODEL, batch=_BATCH, dtype=jnp.dtype('float32')
   )
   outputs = []
   step = jax.jit(lambda x, state: module.apply(variables, x, state, method='step'))
@@ -284,7 +284,7 @@ def test_a_decision_given_or_replayed_is_taken():
 
 def test_initial_values_are_mamba2s(rng):
   config = Mamba2Config(head_dim=1, d_state=_D_STATE)
-  module = _built('dense')[0].clone(mamba2=config, d_model=256)
+  module = _built('dense')[0].clone(config=config, d_model=256)
   variables = jax.jit(module.init)(rng, jnp.zeros((1, 1, 256)))
   params = nn.unbox(variables)['params']
   decay = np.exp(params['A_log'])  # of 512 heads
@@ -311,7 +311,7 @@ def test_bfloat16_keeps_parameters_and_state_in_float32(rng):
   assert y.dtype == state.conv_state.dtype == state.BC_conv_state.dtype == jnp.bfloat16
   assert state.ssm_state.dtype == jnp.float32
   initial = mamba2_lib.initial_state(
-    module.mamba2, d_model=_D_MODEL, batch=_BATCH, dtype=module.dtype
+    module.config, d_model=_D_MODEL, batch=_BATCH, dtype=module.dtype
   )
   chex.assert_trees_all_equal_shapes_and_dtypes(initial, state)
   tolerances.assert_close(y, expected, rtol=tolerances.BFLOAT16)

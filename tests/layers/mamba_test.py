@@ -57,7 +57,7 @@ def test_sequence_equals_steps(mixer):
   module, variables, x = mixer
   whole, last, *_ = _apply(module, variables, x)
   state = mamba_lib.initial_state(
-    module.mamba, d_model=_D_MODEL, batch=_BATCH, dtype=jnp.dtype('float32')
+    module.config, d_model=_D_MODEL, batch=_BATCH, dtype=jnp.dtype('float32')
   )
   outputs = []
   step = jax.jit(lambda x, state: module.apply(variables, x, state, method='step'))
@@ -247,7 +247,7 @@ def test_an_unsure_token_takes_the_expert_that_stands_in_for_all(rng):
 
 def test_initial_values_are_mambas(rng):
   module = _mixer(_KINDS['dense'])
-  config = module.mamba
+  config = module.config
   x = jnp.zeros((_BATCH, _LENGTH, _D_MODEL))
   params = nn.unbox(jax.jit(module.init)(rng, x)['params'])
   np.testing.assert_allclose(params['A_log'], np.log([[1, 2, 3, 4]] * 16), rtol=1e-6)

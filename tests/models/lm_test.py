@@ -122,6 +122,25 @@ def test_steps_from_the_initial_state(model):
   tolerances.assert_close(one, logits[:, 0], rtol=tolerances.FLOAT32_REORDERED)
 
 
+def test_a_step_drops_nothing(rng):
+  dropless = _MODELS['moe_mamba']
+  # At this capacity one row in all would be kept, and seven groups do not divide two tokens.
+  tight = {'dispatch': 'capacity', 'capacity_factor': 0.1, 'router_groups': 7}
+  rom = dataclasses.replace(_ROM.rom, **tight)
+  config = dataclasses.replace(
+    dropless,
+    moe=dataclasses.replace(_MOE, **tight),
+    mamba=dataclasses.replace(_ROM, rom=rom),
+  )
+  tokens = jax.random.randint(rng, (_BATCH, 7), 0, _VOCAB)
+  variables = nn.unbox(jax.jit(lm.LM(config).init)(rng, tokens))
+  state = lm.initial_state(config, _BATCH)
+  logits, _ = lm.LM(config).apply(variables, tokens[:, 0], state, method='step')
+  free = dataclasses.replace(config, moe=_MOE, mamba=_ROM)
+  expected, _ = lm.LM(free).apply(variables, tokens[:, 0], state, method='step')
+  chex.assert_trees_all_equal(logits, expected)
+
+
 def test_packed_documents_equal_each_alone(model):
   module, variables, tokens = model
   ids = jnp.broadcast_to(jnp.where(jnp.arange(_LENGTH) < 5, 1, 2), tokens.shape)

@@ -1,5 +1,6 @@
 """A checkpoint is whole or absent, what is restored is what was saved, and damage is never used."""
 
+import gc
 import hashlib
 import json
 import logging as python_logging
@@ -24,7 +25,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from ssm_moe import config as config_lib
 from ssm_moe.errors import UserError
 from ssm_moe.training import manifest as manifest_lib
-from ssm_moe.training.checkpoint import Checkpointer
+from ssm_moe.training.checkpoint import Checkpointer, SaveError
+from tests.training import full_disk
 
 CONFIG = config_lib.to_dict(config_lib.ExperimentConfig())
 
@@ -256,8 +258,28 @@ class TestDamage:
     restored = checkpointer.restore(template_of(small_state()))
     assert (restored.step, restored.skipped) == (1, ['00000003: holds step 2'])
 
+  def test_what_orbax_cannot_read_falls_back_though_its_checksums_are_right(self, two):
+    checkpointer, directory = two
+    folder = directory / '00000002'
+    (folder / 'state' / 'manifest.ocdbt').unlink()
+    manifest = manifest_lib.read(folder)
+    (folder / 'MANIFEST.json').unlink()
+    manifest_lib.write(folder, manifest | {'files': manifest_lib.list_files(folder)})
+    assert checkpointer.steps() == [1, 2]
+    restored = checkpointer.restore(template_of(small_state()))
+    assert restored.step == 1
+    assert restored.skipped[0].startswith('00000002: Orbax cannot read it: ')
+    assert '\n' not in restored.skipped[0]
+
 
 class TestRefusal:
+  @pytest.mark.parametrize('name', ['lr[3]', 'what?', 'a*b'])
+  def test_a_path_with_a_wildcard_is_refused(self, tmp_path, name):
+    with pytest.raises(UserError, match='need a path without') as error:
+      make(tmp_path / name / 'checkpoints')
+    assert name in str(error.value) and '\n' not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
   @pytest.mark.parametrize(
     ('change', 'message'),
     [
@@ -352,13 +374,50 @@ class TestFailure:
           with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
             checkpointer.save(2, small_state(), metadata={})
-            with pytest.raises(OSError, match='no space left'):
+            with pytest.raises(SaveError, match=r'00000002: .*no space left') as error:
               surface()
+            assert isinstance(error.value.__cause__, OSError)
           checkpointer.wait()
           assert checkpointer.steps() == [1]
       save_steps(checkpointer, [4])
       assert checkpointer.steps() == [1, 4]
     assert sorted(path.name for path in tmp_path.iterdir()) == ['00000001', '00000004']
+
+  def test_a_full_disk_is_one_line_and_gets_its_room_back(self, tmp_path, rng, capfd, caplog):
+    big = {'kernel': jax.random.normal(rng, (200, 200)), 'step': jnp.int32(2)}
+    with make(tmp_path) as checkpointer:
+      save_steps(checkpointer, [1])
+      with full_disk.beyond(50_000), pytest.raises(SaveError) as error:
+        checkpointer.save(2, big, metadata={})
+        checkpointer.wait()
+      assert str(error.value) == (
+        f'{tmp_path / "00000002"}: the checkpoint cannot be saved: File too large'
+      )
+      assert error.value.exit_status == 1
+      gc.collect()  # what Orbax has given up reports then
+      assert [path.name for path in tmp_path.iterdir()] == ['00000001']
+      checkpointer.save(2, big, metadata={})
+      assert checkpointer.restore(template_of(big)).step == 2
+    assert 'Traceback' not in capfd.readouterr().err
+    assert not [record for record in caplog.records if record.levelno >= python_logging.ERROR]
+
+  def test_arrays_that_orbax_has_lost_are_not_published(self, tmp_path):
+    with make(tmp_path) as checkpointer:
+      save_steps(checkpointer, [1])
+      # Where Orbax does not find its own files by pattern, it writes no index of the arrays.
+      checkpointer._directory = tmp_path / 'lr[3]'
+      checkpointer.save(2, small_state(), metadata={})
+      with pytest.raises(SaveError, match='Orbax did not write params/kernel'):
+        checkpointer.wait()
+      assert checkpointer.steps() == []
+
+  def test_only_what_a_save_has_left_is_removed(self, tmp_path):
+    for name in ('mine.unfinished', '00000003.unfinished', '00000004.removed', '00000005.mine'):
+      (tmp_path / name).mkdir()
+    with make(tmp_path) as checkpointer:
+      save_steps(checkpointer, [6])
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ['00000005.mine', '00000006', 'mine.unfinished']
 
   # Runs in a child: saves step 1, and dies at a given point of the save of step 2.
   CHILD = textwrap.dedent("""

@@ -9,6 +9,7 @@ from ssm_moe.config import (
   MoEConfig,
 )
 from ssm_moe.errors import UserError
+from ssm_moe.training import workdir as workdir_lib
 from tests.training import small_run
 
 
@@ -49,6 +50,7 @@ def _refuse(finished, config, match):
     ('data', {'carry_state': True}, 'model_state'),
     ('data', {'valid': ('selective_copying',)}, 'sequence_length of at least 32; it is 16'),
     ('data', {'tokenizer': 'absent.json'}, 'absent.json'),
+    ('train', {'num_steps': 5}, 'num_steps is 5; .* at step 7, so it must be at least 7'),
   ],
 )
 def test_config(finished, group, change, match):
@@ -62,8 +64,8 @@ def test_config(finished, group, change, match):
   [
     ('train', {'batch_size': 12}, 'batch_size is 12 .* 8 devices'),
     ('train', {'accumulation_steps': 2}, 'batch_size is 8 in 2 parts; .* 8 devices'),
-    ('mesh', {'expert': 3}, 'expert 3 .* 8 devices'),
-    ('mesh', {'data': 16}, 'data 16 .* 8 devices'),
+    ('mesh', {'expert': 3}, 'expert 3 .* number of devices, 8'),
+    ('mesh', {'data': 16}, 'data 16 .* number of devices, 8'),
   ],
 )
 def test_mesh(finished, text, group, change, match):
@@ -94,7 +96,36 @@ def test_every_checkpoint_damaged(finished, tmp_path):
   for manifest in (tmp_path / 'run' / 'checkpoints').glob('*/MANIFEST.json'):
     manifest.write_bytes(b'?')
   damaged = (config, tmp_path / 'run', small_run.snapshot(tmp_path / 'run'))
-  _refuse(damaged, config, 'no checkpoint is good .* move the folder away')
+  _refuse(damaged, config, 'no checkpoint is good .* give another workdir')
+
+
+def test_validation_text_that_is_all_empty(finished, tmp_path):
+  config = finished[0]
+  path = tmp_path / 'empty.jsonl'
+  path.write_text('{"text": ""}\n' * 3)
+  changed = dataclasses.replace(config.data, valid=(str(path),), cache_dir=str(tmp_path / 'c'))
+  _refuse(finished, dataclasses.replace(config, data=changed), 'data.valid.* all empty')
+
+
+def test_a_run_that_another_process_trains(finished):
+  config, workdir, _ = finished
+  with (
+    workdir_lib.held(workdir),
+    pytest.raises(UserError, match='is training in'),
+  ):
+    small_run.run(config, workdir)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'metrics.jsonl', 'loss.png', 'checkpoints'])
+def test_a_folder_of_another_program(finished, tmp_path, name):
+  (tmp_path / name).write_text('{"mine": 1}')
+  _refuse((finished[0], tmp_path, small_run.snapshot(tmp_path)), finished[0], f'{name}.*another')
+
+
+def test_a_path_in_which_checkpoints_would_be_lost(finished, tmp_path):
+  with pytest.raises(UserError, match='need a path without'):
+    small_run.run(finished[0], tmp_path / 'lr[3]')
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_workdir_that_is_a_file(text, tmp_path):

@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
+import io
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import time
 
 import chex
@@ -23,7 +26,7 @@ from ssm_moe.config import (
   to_dict,
 )
 from ssm_moe.models import accounting
-from ssm_moe.training import loop, manifest, report
+from ssm_moe.training import durable, loop, manifest, report
 from ssm_moe.training.metrics import read_metrics
 from tests.training import small_run
 
@@ -292,7 +295,7 @@ class TestStopped:
 
     monkeypatch.setattr(loop, 'StopSignals', Stop)
     # Disks can be slow: what is said to be saved must not be on its way only.
-    monkeypatch.setattr(manifest, 'sync', lambda _: time.sleep(0.05))
+    monkeypatch.setattr(durable, 'sync', lambda _: time.sleep(0.05))
     said = []
     say = loop.MetricsLogger.say
 
@@ -309,9 +312,10 @@ class TestStopped:
     assert all(row['step'] <= newest for row in small_run.rows(tmp_path))
 
   @pytest.mark.parametrize('lost', [1, 2, 3])
-  def test_by_a_kill_after_a_checkpoint(self, copy, whole, lost):
+  def test_by_a_kill_after_a_checkpoint(self, copy, whole, lost, capfd):
     # What a kill -9 leaves: rows after the newest checkpoint, the last one cut short.
     config, workdir = copy
+    rows = (workdir / 'metrics.jsonl').read_text()
     for step in small_run.steps(workdir)[-lost:]:
       shutil.rmtree(workdir / 'checkpoints' / f'{step:08d}')
     with (workdir / 'metrics.jsonl').open('a') as file:
@@ -321,6 +325,10 @@ class TestStopped:
     small_run.run(config, workdir)
     _assert_equal(config, workdir, whole)
     assert (workdir / 'loss.png').exists()
+    # Without any checkpoint another run begins, and the rows of the first are not lost with it.
+    kept = workdir / 'metrics.jsonl.old'
+    assert kept.exists() == (lost == 3) and (lost < 3 or kept.read_text().startswith(rows))
+    assert ('are kept as' in capfd.readouterr().err) == (lost == 3)
 
   @pytest.mark.parametrize('damage', ['truncated', 'flipped'])
   def test_by_damage_to_the_newest_checkpoint(self, copy, whole, damage, caplog):
@@ -353,11 +361,30 @@ class TestFinished:
       if path.suffix != '.png':
         assert after[path] == before[path], path
     assert after.keys() == before.keys()
-    output = capsys.readouterr().out
+    output, errors = capsys.readouterr()
+    assert errors.splitlines()[-1] == 'evaluating ...'
     if config.sample.num_tokens:
       assert output.startswith('ab') and 2 <= len(output.rstrip('\n')) <= 5
     else:
       assert output == ''
+
+  @_mamba
+  def test_its_config_stays_if_no_step_is_taken(self, copy):
+    config, workdir = copy
+    other = dataclasses.replace(config, sample=dataclasses.replace(config.sample, num_tokens=1))
+    small_run.run(other, workdir)
+    assert json.loads((workdir / 'config.json').read_text()) == to_dict(config)
+
+  @_mamba
+  def test_a_full_disk_below_standard_output_is_named(self, copy, monkeypatch):
+    class Full(io.StringIO):
+      def write(self, _):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left') as error:
+      patch.setattr(sys, 'stdout', Full())
+      small_run.run(*copy)
+    assert error.value.filename == 'standard output'
 
   @_mamba
   def test_goes_on_with_more_steps_and_says_what_changed(self, copy, capfd):
@@ -365,8 +392,11 @@ class TestFinished:
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=9))
     before = small_run.rows(workdir)
     assert small_run.run(longer, workdir)['final_step'] == 9
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith('changed')]
-    assert said == ['changed  train.num_steps is 7 in the checkpoint and 9 now']
+    said = capfd.readouterr().err.splitlines()
+    assert said[said.index(f'workdir  {workdir}') + 1 :][:2] == [
+      'changed  train.num_steps is 7 in the checkpoint and 9 now',
+      'compiling ...',
+    ]
     rows = small_run.rows(workdir)
     assert rows[: len(before)] == before
     assert [(row['step'], 'valid_loss' in row) for row in rows[len(before) :]] == [
@@ -387,7 +417,7 @@ class TestNotFinite:
   ):
     config, _, _ = whole
     change_metrics(lambda step: {name: np.float32('nan')} if step >= 5 else {})
-    with pytest.raises(loop.TrainingError, match=r'^step 5: .*nan') as error:
+    with pytest.raises(loop.TrainingError, match=r'^step 5: .*nan.* step 3 is kept') as error:
       small_run.run(config, tmp_path)
     assert '\n' not in str(error.value) and error.value.exit_status == 1
     assert small_run.steps(tmp_path) == [3]
@@ -405,7 +435,9 @@ class TestNotFinite:
       optimizer=dataclasses.replace(config.optimizer, peak_learning_rate=1e30),
       train=dataclasses.replace(config.train, checkpoint_every=1, log_every=1),
     )
-    with pytest.raises(loop.TrainingError, match=r'^step 2: the loss is nan'):
+    with pytest.raises(
+      loop.TrainingError, match=r'^step 2: the loss is nan.*; there is no checkpoint'
+    ):
       small_run.run(absurd, tmp_path)
     assert not (tmp_path / 'checkpoints').exists()
     small_run.run(config, tmp_path)
@@ -421,7 +453,9 @@ class TestNotFinite:
       return results[-1]._replace(loss=math.inf) if len(results) == 2 else results[-1]
 
     monkeypatch.setattr(loop.report.Evaluation, 'from_sums', from_sums)
-    with pytest.raises(loop.TrainingError, match=r'^step 6: the validation loss is inf'):
+    with pytest.raises(
+      loop.TrainingError, match=r'^step 6: the validation loss is inf; .* step 3 is'
+    ):
       small_run.run(config, tmp_path)
     assert small_run.steps(tmp_path) == [3]
     monkeypatch.undo()

@@ -14,6 +14,7 @@ from tensorboard.util import tensor_util
 from ssm_moe.errors import UserError
 from ssm_moe.training import metrics
 from ssm_moe.training.metrics import MetricsLogger, read_metrics, routing_statistics
+from tests.training import full_disk
 
 
 def train_row(step, **more):
@@ -111,6 +112,29 @@ class TestRows:
     with pytest.raises(UserError, match=r'metrics\.jsonl: line 2'):
       MetricsLogger(tmp_path, first_step=1, total_steps=9)
     assert path.read_bytes() == before
+
+  def test_a_last_line_that_is_not_torn_is_not_ours_to_drop(self, tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('notes of my own\n')
+    with pytest.raises(UserError, match=r'metrics\.jsonl: line 1'):
+      MetricsLogger(tmp_path, first_step=0, total_steps=9)
+    assert path.read_text() == 'notes of my own\n'
+
+  @pytest.mark.parametrize('room', [0, 150])
+  def test_a_full_disk_is_said_with_the_file(self, tmp_path, room):
+    path = tmp_path / 'metrics.jsonl'
+    with MetricsLogger(tmp_path, first_step=0, total_steps=9) as logger:
+      logger.write(train_row(1))
+      events = next((tmp_path / 'tensorboard').iterdir())
+      # Without room the row itself fails; with a little, the events, which are longer.
+      size = max(path.stat().st_size + room, room and events.stat().st_size)
+      with full_disk.beyond(size):
+        with pytest.raises(OSError, match='File too large') as error:
+          logger.write(train_row(2))
+        logger.close()
+    assert error.value.filename == str(tmp_path / 'tensorboard' if room else path)
+    write_steps(tmp_path, 1, [2, 3])
+    assert [row['step'] for row in read_metrics(path)] == [1, 2, 3]
 
   def test_no_file_is_a_user_error(self, tmp_path):
     with pytest.raises(UserError, match='absent'):
@@ -222,6 +246,12 @@ class TestProgress:
     self.run(tmp_path, interval=60.0)
     steps = [line.split(':')[0] for line in capsys.readouterr().err.splitlines()]
     assert steps == ['step 1/4', 'step 4/4', 'step 4', 'done']
+
+  def test_nothing_where_standard_error_is_closed(self, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+      patch.setattr(sys, 'stderr', None)
+      self.run(tmp_path)
+    assert capsys.readouterr() == ('', '')
 
   def test_a_bar_on_a_terminal(self, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)

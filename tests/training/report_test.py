@@ -193,6 +193,12 @@ class TestSample:
     monkeypatch.undo()
     assert text == shown
 
+  def test_can_be_written_where_standard_output_is_closed(self, written, monkeypatch):
+    with monkeypatch.context() as patch:
+      patch.setattr(report.sys, 'stdout', None)
+      text = written(*' 語'.encode())
+    assert text == 'né 語'
+
   def test_nothing_to_write_is_none(self):
     without = ExperimentConfig(sample=SampleConfig(num_tokens=0))
     assert report.sample(without, {}, ByteTokenizer()) is None

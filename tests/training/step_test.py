@@ -10,8 +10,10 @@ from flax import linen as nn
 
 from ssm_moe import sharding
 from ssm_moe.config import (
+  AttentionConfig,
   DataConfig,
   ExperimentConfig,
+  Mamba2Config,
   MambaConfig,
   MeshConfig,
   ModelConfig,
@@ -33,6 +35,16 @@ _MODELS = {
     'moe': MoEConfig(num_experts=4, router_groups=8, load_balancing_coefficient=0.0),
   },
   'rom': {'mamba': MambaConfig(d_state=4, rom=RoMConfig(kind='shared', num_experts=4))},
+  'hybrid': {
+    'pattern': 'S+E W F A',
+    'mamba2': Mamba2Config(
+      head_dim=8,
+      d_state=4,
+      rom=RoMConfig(kind='independent', weight_at='each', num_experts=4, selection_bias_rate=0.01),
+    ),
+    'attention': AttentionConfig(num_heads=2, window=4, cache_length=16),
+    'moe': MoEConfig(num_experts=4, dispatch='dropless', num_shared_experts=1),
+  },
 }
 
 
@@ -136,9 +148,10 @@ def test_eight_devices_equal_one(name):
 
 
 @pytest.mark.slow
-def test_carried_state_equals_one_long_window():
+@pytest.mark.parametrize('name', ['rom', 'hybrid'])
+def test_carried_state_equals_one_long_window(name):
   # Two windows with the state carried give the losses of one window twice as long.
-  config = dataclasses.replace(_config('rom'), data=DataConfig(carry_state=True))
+  config = dataclasses.replace(_config(name), data=DataConfig(carry_state=True))
   state, train_step = _start(config)
   first, second = _batch(1), _batch(2)
   second['continues'] = np.array([True, False] * (_ROWS // 2))

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+import jax.numpy as jnp
+
 from ssm_moe.ops import implementation as implementation_lib
 from ssm_moe.ops.grouped_matmul import reference, tiled
 from ssm_moe.shapes import Array, Float, Int
@@ -39,17 +41,42 @@ def grouped_matmul(
     and `weights`.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit.
+    ValueError: shapes or dtypes that do not fit, or an implementation that does not exist.
+    TypeError: rows that are not floating point, or group sizes that are not integers.
     NotImplementedError: the named implementation cannot run these arguments.
   """
-  if rows.shape[1] != weights.shape[1]:
-    raise ValueError(f'rows have {rows.shape[1]} columns and weights {weights.shape[1]} rows')
-  if weights.shape[0] != group_sizes.shape[0]:
-    raise ValueError(f'{weights.shape[0]} matrices for {group_sizes.shape[0]} group sizes')
-  if rows.dtype != weights.dtype:
-    raise ValueError(f'rows are {rows.dtype} and weights {weights.dtype}; give both in one dtype')
+  rows, weights, group_sizes = (jnp.asarray(v) for v in (rows, weights, group_sizes))
+  _check(rows, weights, group_sizes)
   match implementation_lib.select('grouped_matmul', implementation, _CANDIDATES):
     case 'tiled':
       return tiled.grouped_matmul(rows, weights, group_sizes)
     case _:
       return reference.grouped_matmul(rows, weights, group_sizes)
+
+
+def _check(rows: Array, weights: Array, group_sizes: Array) -> None:
+  if rows.ndim != 2:
+    raise ValueError(f'grouped_matmul: rows has shape {rows.shape}; it must be [S, M]')
+  if weights.ndim < 3:
+    raise ValueError(
+      f'grouped_matmul: weights has shape {weights.shape}; it must be [E, M, F], where F may be '
+      'several axes'
+    )
+  if group_sizes.ndim != 1:
+    raise ValueError(f'grouped_matmul: group_sizes has shape {group_sizes.shape}; it must be [E]')
+  if rows.shape[1] != weights.shape[1]:
+    raise ValueError(
+      f'grouped_matmul: rows have {rows.shape[1]} columns and weights {weights.shape[1]} rows'
+    )
+  if weights.shape[0] != group_sizes.shape[0]:
+    raise ValueError(
+      f'grouped_matmul: {weights.shape[0]} matrices for {group_sizes.shape[0]} group sizes'
+    )
+  if not jnp.issubdtype(rows.dtype, jnp.floating):
+    raise TypeError(f'grouped_matmul: rows is {rows.dtype}; it must be floating point')
+  if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+    raise TypeError(f'grouped_matmul: group_sizes is {group_sizes.dtype}; it must be integer')
+  if rows.dtype != weights.dtype:
+    raise ValueError(
+      f'grouped_matmul: rows are {rows.dtype} and weights {weights.dtype}; give both in one dtype'
+    )

@@ -9,17 +9,19 @@ starts from the state h is (section 6 of https://arxiv.org/abs/2405.21060)
 The chunks follow each other in a loop that keeps the state before each for the backward pass, which
 computes everything else of a chunk again: nothing of size L x P x N or L x Q outlives its chunk.
 
-Measured, forward and backward with random inputs, median (least to most); x, B and C in the dtype
-named, the rest float32:
+Measured, forward and backward with random inputs, median (least to most), and temporaries; "all at
+once" is a form without the loop over chunks:
 
-  two CPU cores, float32, B 2, L 2048, H 16, P 64, G 1, N 128 (5 runs beside other work, jax 0.10.2)
-    chunks of 64                748 ms (478 to 892), 84 MiB of temporaries
-    chunks of 128               542 ms (522 to 639), 70 MiB
-    chunks of 256, all at once  3044 ms (2882 to 3609), 483 MiB
-    autodiff of one lax.scan    9964 ms (2 runs), 4153 MiB
-  H200, bfloat16, B 8, L 2048, H 32, P 64, G 1, N 128 (10 runs, jax 0.11.2)
-    chunks of 64, 128, 256      5.8, 4.9, 4.1 ms; 427, 348, 416 MiB
-    128, all at once            4.1 ms (3.7 to 4.4), 1318 MiB: little time for much memory
+  two CPU cores, float32, B 2, L 2048, H 16, P 64, G 1, N 128 (7 runs beside other work, jax 0.10.2)
+    chunks of 64                404 ms (341 to 515), 102 MiB
+    chunks of 128               484 ms (420 to 565), 86 MiB
+    chunks of 256               664 ms (616 to 1169), 105 MiB
+    autodiff of one lax.scan    5700 ms (5330 to 7340, 4 runs), 4245 MiB
+  H200, bfloat16, B 8, L 2048, H 32, P 64, G 1, N 128 (20 runs, jax 0.11.2)
+    chunks of 64                5.4 ms (5.2 to 6.1), 425 MiB
+    chunks of 128               4.6 ms (4.3 to 4.8), 350 MiB
+    chunks of 256               4.6 ms (4.1 to 5.0), 409 MiB
+    128, all at once            4.1 ms (3.7 to 4.4, 10 runs), 1318 MiB
 """
 
 import functools
@@ -43,14 +45,14 @@ _LEAST_LOG_DECAY = -1024.0
 
 
 class _Chunk(NamedTuple):
-  """One chunk, time last or before the features; x, B and C in the dtype of the products.
+  """One chunk, heads by group, time after them; x, B and C in the dtype of the products.
 
   Attributes:
     document: Number of documents that began in the chunk up to a step; None without segments.
   """
 
-  x: Float[Array, 'B G H//G Q P']
-  dt: Float[Array, 'B G H//G Q']
+  x: Float[Array, 'B G heads Q P']
+  dt: Float[Array, 'B G heads Q']
   B: Float[Array, 'B G Q N']
   C: Float[Array, 'B G Q N']
   document: Int[Array, 'B Q'] | None
@@ -121,8 +123,8 @@ def ssd(
 
 
 def _run_chunk(
-  h: Float[Array, 'B G H//G P N'], chunk: _Chunk, A: Float[Array, 'G H//G']
-) -> tuple[Float[Array, 'B G H//G P N'], Float[Array, 'B G H//G Q P']]:
+  h: Float[Array, 'B G heads P N'], chunk: _Chunk, A: Float[Array, 'G heads']
+) -> tuple[Float[Array, 'B G heads P N'], Float[Array, 'B G heads Q P']]:
   """Returns the state after the chunk and y without the skip, both in the dtype of `h`."""
   log_decay = jnp.maximum(chunk.dt * A[None, :, :, None], _LEAST_LOG_DECAY)
   steps = jnp.arange(chunk.dt.shape[3])

@@ -1,3 +1,5 @@
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -112,21 +114,28 @@ def test_the_work_does_not_grow_with_the_number_of_experts():
   assert f'f32[8,{sum(sizes)}' not in text
 
 
+@pytest.mark.parametrize('implementation', ['reference', 'tiled'])
 @pytest.mark.parametrize(
-  ('change', 'message'),
+  ('change', 'error', 'message'),
   [
-    (lambda r, w, s: (r[:, 1:], w, s), 'rows have 11 columns and weights 12 rows'),
-    (lambda r, w, s: (r, w[1:], s), '3 matrices for 4 group sizes'),
-    (lambda r, w, s: (r.astype(jnp.bfloat16), w, s), 'rows are bfloat16 and weights float32'),
+    (lambda r, w, s: (r[:, 1:], w, s), ValueError, 'rows have 11 columns and weights 12 rows'),
+    (lambda r, w, s: (r, w[1:], s), ValueError, '3 matrices for 4 group sizes'),
+    (lambda r, w, s: (r.astype('bfloat16'), w, s), ValueError, 'rows are bfloat16 and weights flo'),
+    (lambda r, w, s: (r[None], w, s), ValueError, r'rows has shape \(1, 200, 12\); .* \[S, M\]'),
+    (lambda r, w, s: (r, w[..., 0], s), ValueError, r'weights has shape \(4, 12\); .* \[E, M, F\]'),
+    (lambda r, w, s: (r, w, s[:, None]), ValueError, r'group_sizes has shape \(4, 1\); .* \[E\]'),
+    (lambda r, w, s: (r.astype(int), w.astype(int), s), TypeError, 'rows is int32; .* floating'),
+    (lambda r, w, s: (r, w, s.astype(float)), TypeError, 'group_sizes is float32; .* integer'),
   ],
 )
-def test_what_does_not_fit_is_refused(change, message):
+def test_what_does_not_fit_is_refused(change, error, message, implementation):
   rows, weights, sizes, _ = _inputs(_SIZES['even'])
-  with pytest.raises(ValueError, match=message):
-    grouped_matmul(*change(rows, weights, sizes))
+  with pytest.raises(error, match=f'^grouped_matmul: {message}'):
+    # Where types are checked at run time, they would answer before the function does.
+    inspect.unwrap(grouped_matmul)(*change(rows, weights, sizes), implementation=implementation)
 
 
 def test_an_unknown_implementation_is_refused():
   rows, weights, sizes, _ = _inputs(_SIZES['even'])
   with pytest.raises(ValueError, match='there are: auto, tiled, reference'):
-    grouped_matmul(rows, weights, sizes, implementation='magic')
+    inspect.unwrap(grouped_matmul)(rows, weights, sizes, implementation='magic')

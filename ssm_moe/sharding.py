@@ -50,9 +50,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes['data'] = max(len(devices) // others, 1)
   if sizes['data'] * others != len(devices):
     axes = ' * '.join(f'{name} {size}' for name, size in sizes.items() if size > 1) or '1'
-    count = f'{len(devices)} device{"" if len(devices) == 1 else "s"}'
     raise ConfigError(
-      f'config.mesh: {axes} does not make {count}; '
+      f'config.mesh: {axes} does not make the number of devices, {len(devices)}; '
       'leave mesh.data unset and the other axes must divide that number'
     )
   return jax.make_mesh(

@@ -141,8 +141,11 @@ def plot_fallback(
   if chosen is not None:
     rate = rates[list(thresholds).index(chosen)]
     title = f'Threshold {chosen:.3g}: {rate:.1%} of the tokens fall back'
-  _finish(axes, title, 'rise of the loss [nats per token]', np.zeros((0, 2)))
   axes.plot(100 * rates, rises, color=_BLUE, linewidth=1.6, marker='o', markersize=4)
+  _finish(axes, title, 'rise of the loss [nats per token]', np.zeros((0, 2)))
+  # Linear up to the tolerance, where the choice is made; beyond, rises are of many magnitudes.
+  axes.set_yscale('symlog', linthresh=max(tolerance, 1e-3))
+  axes.yaxis.set_major_formatter(ScalarFormatter())
   axes.axhline(tolerance, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
   place = axes.get_yaxis_transform()
   label = {'xytext': (-4, 3), 'textcoords': 'offset points', 'fontsize': 8, 'color': _GREY}

@@ -86,6 +86,12 @@ class ModelConfig(Checked):
         return None if rom.kind == 'none' else rom
     return None
 
+  def routings(self) -> dict[str, RoutingConfig]:
+    """Returns the settings of all routed layers, by their name below the model's."""
+    names = {'M': 'mamba.rom', 'S': 'mamba2.rom', 'E': 'moe'}
+    routed = {letter: self.routing_of(letter) for letter in dict.fromkeys(self.layers)}
+    return {names[letter]: routing for letter, routing in routed.items() if routing is not None}
+
   def _check_reuse(self):
     before = self.layers[: self.layers.index('E')]
     shared = [

@@ -1,6 +1,6 @@
 """Trains a model from its config to its report: mesh, data, model, restore, steps, evaluations.
 
-Everything a run does to its folder is here; what a step computes is in `step`.
+Who may use a folder is in `workdir`; what a step computes is in `step`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from ssm_moe.data.evaluation import EvalBatches
 from ssm_moe.data.pipeline import TrainBatches
 from ssm_moe.data.sources import check_sources
 from ssm_moe.errors import UserError
-from ssm_moe.models import accounting
+from ssm_moe.models import accounting, lm
 from ssm_moe.training import durable, report
 from ssm_moe.training import step as step_lib
 from ssm_moe.training import workdir as workdir_lib
@@ -77,6 +77,7 @@ def train_and_evaluate(config: ExperimentConfig, workdir: str | pathlib.Path) ->
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
   _check_batch(config, mesh)
+  lm.check_causal(config.model, 'evaluation')
   with (
     workdir_lib.held(workdir),
     Checkpointer(
@@ -370,12 +371,12 @@ def _check_batch(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
       f'must be a multiple of the {devices} devices of the mesh that rows are split over'
     )
   tokens = rows * train.sequence_length
-  groups = config.model.moe.router_groups
-  if 'E' in config.model.layers and tokens % groups:
-    raise ConfigError(
-      f'config.model.moe.router_groups is {groups}; it must divide the {tokens} tokens routed '
-      'together'
-    )
+  for name, routing in config.model.routings().items():
+    if tokens % routing.router_groups:
+      raise ConfigError(
+        f'config.model.{name}.router_groups is {routing.router_groups}; it must divide the '
+        f'{tokens} tokens routed together'
+      )
 
 
 def _open_data(config: ExperimentConfig, workdir: pathlib.Path) -> tuple[TrainBatches, EvalBatches]:

@@ -1,5 +1,6 @@
 """One training step and one evaluation step: pure functions of state and batch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,8 @@ def init_train_state(
 ) -> TrainState:
   """Returns the state before the first step; arrays carry their logical axes (flax boxes)."""
   model = lm.LM(config.model)
-  tokens = jnp.zeros((1, config.model.moe.router_groups), jnp.int32)
+  groups = [routing.router_groups for routing in config.model.routings().values()]
+  tokens = jnp.zeros((1, math.lcm(*groups)), jnp.int32)
   params = model.init(key, tokens)['params']
   carried = config.data.carry_state
   return TrainState(

@@ -5,9 +5,7 @@ import shutil
 
 import pytest
 
-from ssm_moe.config import (
-  MoEConfig,
-)
+from ssm_moe.config import MambaConfig, MoEConfig, RoMConfig
 from ssm_moe.errors import UserError
 from ssm_moe.training import workdir as workdir_lib
 from tests.training import small_run
@@ -40,11 +38,21 @@ def _refuse(finished, config, match):
   [
     ('model', {'vocab_size': 100}, r'vocab_size is 100; .* at least 257'),
     ('model', {'d_model': 16}, r'another architecture: model.d_model is 8 .* 16 now'),
+    (
+      'model',
+      {'pattern': 'M E', 'moe': MoEConfig(num_experts=2, choice='expert')},
+      'moe.choice is expert, .* evaluation would not be autoregressive',
+    ),
     ('model', {'pattern': 'M E'}, "another architecture: model.pattern is 'M' .* 'M E' now"),
     (
       'model',
       {'pattern': 'M E', 'moe': MoEConfig(router_groups=3)},
       'router_groups is 3; it must divide the 128 tokens',
+    ),
+    (
+      'model',
+      {'mamba': MambaConfig(rom=RoMConfig(kind='shared', router_groups=5))},
+      'mamba.rom.router_groups is 5; it must divide the 128 tokens',
     ),
     ('data', {'train': ('absent.txt',)}, 'absent.txt: no such file'),
     ('data', {'carry_state': True}, 'model_state'),

@@ -49,6 +49,42 @@ def test_an_optional_scalar_takes_its_type_only():
     ({'model': {'dtype': 'int8'}}, r"config.model.dtype is 'int8'; it must be one of float32, bf"),
     ({'model': {'moe': {'top_k': 33}}}, r'config.model.moe.top_k is 33; .* num_experts, 32'),
     ({'model': {'mamba': {'rom': {'top_k': 9}}}}, r'config.model.mamba.rom.top_k is 9; .* 8'),
+    (
+      {'model': {'moe': {'weights': 'renormalized'}}},
+      r'config.model.moe.weights is renormalized; with top_k 1 .* it must be raw',
+    ),
+    (
+      {'model': {'mamba': {'rom': {'kind': 'independent'}}}},
+      r'config.model.mamba.rom.weight_at is out; .* each or straight_through',
+    ),
+    (
+      {'model': {'mamba': {'rom': {'expert_projections': ('out', 'in')}}}},
+      r"expert_projections\[1\] is 'in'; it must be one of conv, gate, out, x, dt",
+    ),
+    (
+      {'model': {'moe': {'choice': 'expert', 'selection_bias_rate': 0.1}}},
+      r'config.model.moe.selection_bias_rate .* choice expert it must be 0',
+    ),
+    (
+      {'model': {'moe': {'fallback_threshold': 0.5}}},
+      r'num_shared_experts must be at least 1',
+    ),
+    (
+      {'model': {'pattern': 'E', 'moe': {'routing': 'mixer'}}},
+      r"config.model.moe.routing is mixer; before E, pattern 'E' must have a mixer",
+    ),
+    (
+      {
+        'model': {
+          'pattern': 'ME',
+          'moe': {'routing': 'mixer'},
+          'mamba': {'rom': {'kind': 'period'}},
+        }
+      },
+      r'config.model.moe.num_experts is 32; with routing by the mixer it must be 8',
+    ),
+    ({'model': {'pattern': 'S', 'd_model': 80}}, r'mamba2.head_dim is 64; it must divide .* 160'),
+    ({'model': {'pattern': 'A', 'd_model': 100}}, r'attention.num_heads is 8; .* d_model, 100'),
     ({'model': 3}, r'config.model is 3; it is a group of fields'),
     ({'train': {'batch_size': 8, 'accumulation_steps': 3}}, r'config.train.batch_size is 8; .* 3'),
     ({'data': {'train': 'stdlib'}}, r"config.data.train is 'stdlib'; it must be a tuple"),

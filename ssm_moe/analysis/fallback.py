@@ -13,7 +13,7 @@ from ssm_moe.models import fallback
 from ssm_moe.shapes import PyTree
 
 # Shares of the top weights that lie below the thresholds that are tried.
-QUANTILES = (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 0.95)
+QUANTILES = (0.02, 0.1, 0.2, 0.35, 0.5, 0.75, 0.95)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,9 +155,10 @@ def plot_fallback(
     if taken:
       axes.plot(100 * rate, rise, color=_ORANGE, marker='o', markersize=8, zorder=4)
     colour = {'color': _ORANGE, 'weight': 'bold'} if taken else {}
-    axes.annotate(
-      f'{threshold:.3g}', (100 * rate, rise), ha='right', va='bottom', **(label | colour)
-    )
+    # At the left edge there is room on the right only.
+    side = {'ha': 'left', 'xytext': (5, 3)} if rate < 0.12 else {'ha': 'right'}
+    text = label | side | colour
+    axes.annotate(f'{threshold:.3g}', (100 * rate, rise), va='bottom', **text)
   axes.set_xlabel('tokens that fall back, mean over layers [%]; beside each point its threshold')
   axes.xaxis.set_major_formatter(ScalarFormatter())
   figure.savefig(path, format='png')

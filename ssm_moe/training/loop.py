@@ -122,6 +122,7 @@ class _Run:
     self._train_data, self._eval_data = train_data, eval_data
     self._checkpointer, self._metrics, self._stop = checkpointer, metrics, stop
     self._schedule = make_schedule(config.optimizer, config.train.num_steps)
+    self._alarm = report.ExpertAlarm()
     account = accounting.account(config.model, config.train.sequence_length)
     self._flops_per_token = account['flops_per_token_train']
 
@@ -244,6 +245,8 @@ class _Run:
     evaluation = self._sum_evaluation(state, progress)
     if evaluation is not None:
       self._metrics.write(self._row(progress) | evaluation.row(), **evaluation.loads())
+      for line in self._alarm.lines(evaluation, progress.step):
+        self._metrics.say(line)
     return evaluation
 
   def _sum_evaluation(

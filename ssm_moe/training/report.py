@@ -23,6 +23,7 @@ from ssm_moe.training.metrics import read_metrics, routing_statistics
 from ssm_moe.training.step import EvalSums
 
 _STATISTICS = ('dropped_fraction', 'fallback_fraction', 'router_entropy', 'load_balancing_loss')
+_LISTED_EXPERTS = 10
 
 
 class Routing(NamedTuple):
@@ -88,6 +89,39 @@ class Evaluation(NamedTuple):
 
   def loads(self) -> dict[str, list]:
     return {'expert_load': self.expert_load, 'layer_names': self.names}
+
+
+class ExpertAlarm:
+  """Says which experts get next to no tokens: less than 1/100 of an even share.
+
+  Of each layer it says so once, until other experts are the ones.
+  """
+
+  def __init__(self):
+    self._said: dict[str, list[int]] = {}
+
+  def lines(self, evaluation: Evaluation, step: int) -> list[str]:
+    """Returns a line for each layer in which that has changed since the last call."""
+    lines = []
+    for name, load in zip(evaluation.names, evaluation.expert_load, strict=True):
+      least = 1 / (100 * len(load))
+      starved = np.flatnonzero(load < least).tolist()
+      if starved == self._said.get(name, []):
+        continue
+      self._said[name] = starved
+      at = f'at step {step}'
+      if not starved:
+        lines.append(f'layer {name}: every expert gets its tokens again {at}')
+        continue
+      listed = ', '.join(map(str, starved[:_LISTED_EXPERTS]))
+      if len(starved) > _LISTED_EXPERTS:
+        listed += f' and {len(starved) - _LISTED_EXPERTS} more'
+      one = len(starved) == 1
+      lines.append(
+        f'layer {name}: expert{"" if one else "s"} {listed} get{"s" if one else ""} less than '
+        f'{100 * least:.2g} % of the assignments {at}'
+      )
+    return lines
 
 
 def _by_depth(stacked: dict[str, Any], config: ModelConfig) -> tuple[list[str], list[np.ndarray]]:

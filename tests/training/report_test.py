@@ -215,3 +215,29 @@ def test_bits_and_nats_agree_with_the_uniform_model():
   )
   evaluation = report.Evaluation.from_sums(sums, ModelConfig(), num_bytes=50)
   assert evaluation.bits_per_byte == pytest.approx(8.0, rel=1e-12)
+
+
+def test_experts_without_tokens_are_named_once_until_they_change():
+  alarm = report.ExpertAlarm()
+
+  def lines(step, *loads):
+    loads = [np.array(load) for load in loads]
+    return alarm.lines(report.Evaluation(1.0, None, ['00 mamba', '01 moe'], loads), step)
+
+  even, one, two = [0.25] * 4, [0.0, 0.4, 0.3, 0.3], [0.0, 0.5, 0.002, 0.498]
+  assert lines(1, even, even) == []
+  assert lines(2, even, one) == [
+    'layer 01 moe: expert 0 gets less than 0.25 % of the assignments at step 2'
+  ]
+  assert lines(3, even, one) == []
+  assert lines(4, one, two) == [
+    'layer 00 mamba: expert 0 gets less than 0.25 % of the assignments at step 4',
+    'layer 01 moe: experts 0, 2 get less than 0.25 % of the assignments at step 4',
+  ]
+  assert lines(5, one, even) == ['layer 01 moe: every expert gets its tokens again at step 5']
+  # 1/100 of an even share is just enough.
+  assert lines(6, one, [0.0025, 0.3325, 0.3325, 0.3325]) == []
+  many = np.eye(1, 16)[0]
+  assert lines(7, one, many)[0].startswith(
+    'layer 01 moe: experts 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 5'
+  )

@@ -203,6 +203,28 @@ def test_evaluation_counts_scored_tokens_only():
   assert abs(float(sums.nats / sums.scored) - np.log(_VOCAB)) < 0.5
   for load in sums.expert_load.values():
     np.testing.assert_allclose(load.sum(axis=-1) / sums.tokens, np.ones(2), rtol=1e-5)
+  # A row of padding, segment 0, adds nothing: no token, no assignment.
+  batch['loss_mask'][-1] = 0
+  scored = eval_step(state.params, batch)
+  batch['segment_ids'][-1] = 0
+  padded = eval_step(state.params, batch)
+  assert (sums.tokens, padded.tokens) == (_ROWS * _LENGTH, (_ROWS - 1) * _LENGTH)
+  assert padded.scored == scored.scored < sums.scored
+  for load in padded.expert_load.values():
+    np.testing.assert_allclose(load.sum(axis=-1) / padded.tokens, np.ones(2), rtol=1e-5)
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_routing_losses_are_means_over_the_parts(parts):
+  # Every row is the same: each part routes as the whole does, whatever it is compared with.
+  moe = MoEConfig(num_experts=4, load_balancing_coefficient=0.5, dispatch='dropless')
+  config = _config('moe_mamba', accumulation_steps=parts)
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+  state, train_step = _start(config)
+  batch = {name: np.broadcast_to(rows[:1], rows.shape) for name, rows in _batch().items()}
+  _, metrics = train_step(state, batch)
+  balance = np.mean(metrics.aux['moe_1'].load_balancing_loss)
+  np.testing.assert_allclose(metrics.auxiliary_loss, 0.5 * balance, rtol=1e-5)
 
 
 def test_golden_step():

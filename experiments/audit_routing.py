@@ -20,23 +20,23 @@ import math
 import os
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from ssm_moe import command_line, config, sharding
-from ssm_moe.analysis import fallback, plots, routing, routing_record
+from ssm_moe import command_line, config
+from ssm_moe.analysis import audit, fallback, plots, routing, routing_record
 from ssm_moe.analysis.documents import Documents, Windows
 from ssm_moe.data import text, tokenizer
 from ssm_moe.errors import UserError
 from ssm_moe.models import lm
 from ssm_moe.shapes import PyTree
-from ssm_moe.training.checkpoint import Checkpointer
+from ssm_moe.training import trained
+from ssm_moe.training import workdir as workdir_lib
 from ssm_moe.training.metrics import routing_statistics
-from ssm_moe.training.program import Program
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A folder that train.py wrote.')
 _INPUT = flags.DEFINE_string(
@@ -62,87 +62,6 @@ _IDENTITY = {
 }
 
 
-class Injection(NamedTuple):
-  """What one --inject asks for."""
-
-  asked: str
-  rate: float
-
-
-def parse_injection(asked: str) -> Injection:
-  """Reads LAYER:RATE; what LAYER may be, the model says.
-
-  Raises:
-    UserError: the rate is missing or no fraction.
-  """
-  layer, _, number = asked.rpartition(':')
-  try:
-    rate = float(number)
-  except ValueError:
-    rate = math.nan
-  if not layer or not 0 <= rate <= 1:
-    raise UserError(f'--inject={asked}: it must be LAYER:RATE, with a RATE from 0 to 1')
-  return Injection(layer, rate)
-
-
-def find_layers(asked: str, layers: list[routing.Layer]) -> list[routing.Layer]:
-  """Returns the layers that a number, a name, a router or 'all' stands for.
-
-  Raises:
-    UserError: there is none, or one whose decisions cannot be changed.
-  """
-  found = [
-    layer
-    for layer in layers
-    if asked in ('all', layer.name, layer.router)
-    or (asked.isdecimal() and int(asked) == layer.depth)
-  ]
-  if not found:
-    names = ', '.join(layer.name for layer in layers)
-    raise UserError(f'--inject={asked}: there is no such layer; there are: {names}')
-  for layer in found:
-    if layer.experts_choose:
-      raise UserError(f'--inject={asked}: in layer {layer.name} experts choose tokens')
-    if layer.num_experts == 1:
-      raise UserError(f'--inject={asked}: layer {layer.name} has one expert only')
-  return found
-
-
-def read_config(workdir: pathlib.Path) -> config.ExperimentConfig:
-  """Reads the config of a run.
-
-  Raises:
-    UserError: it is missing or cannot be understood.
-  """
-  file = workdir / 'config.json'
-  if not file.is_file():
-    raise UserError(f'--checkpoint={workdir}: has no config.json; it must be a folder of train.py')
-  try:
-    values = json.loads(file.read_bytes())
-  except (OSError, ValueError) as error:
-    raise UserError(f'{file}: {error}') from None
-  if not isinstance(values, dict):
-    raise UserError(f'{file}: holds no config')
-  return config.from_config_dict(values, path=f'{file}: config')
-
-
-def read_params(workdir: pathlib.Path, experiment: config.ExperimentConfig) -> tuple[PyTree, int]:
-  """Returns the parameters of the newest checkpoint, on one device, and its step.
-
-  Raises:
-    UserError: there is none that is good.
-  """
-  mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-  template = Program(experiment, mesh).template
-  with Checkpointer(
-    workdir / 'checkpoints', config=config.to_dict(experiment), keep_last=1
-  ) as checkpointer:
-    restored = checkpointer.restore({'params': template.params}, partial=True)
-  if restored is None:
-    raise UserError(f'--checkpoint={workdir}: has no checkpoint; train it first')
-  return restored.state['params'], restored.step
-
-
 def header_of(
   experiment: config.ExperimentConfig,
   params: PyTree,
@@ -165,7 +84,7 @@ def header_of(
   }
 
 
-def check_flags() -> list[Injection]:
+def check_flags() -> list[audit.Injection]:
   """Looks at every flag before the work begins; returns what is to be injected."""
   for flag in (_CHECKPOINT, _INPUT):
     if not flag.value:
@@ -186,7 +105,7 @@ def check_flags() -> list[Injection]:
       if os.path.lexists(flag.value):
         raise UserError(f'--{flag.name}={flag.value} is there already; give another name')
       command_line.check_output(flag.name, flag.value)
-  return [parse_injection(asked) for asked in _INJECT.value]
+  return [audit.parse_injection(asked) for asked in _INJECT.value]
 
 
 def read_record(
@@ -204,61 +123,10 @@ def read_record(
   return routing_record.Record(path, rows, documents, layers)
 
 
-class _Replay:
-  """A pass under recorded decisions, beside the model's own."""
-
-  def __init__(self, tracer: routing.Tracer, record: routing_record.Record):
-    self._tracer, self._record, self._pass = tracer, record, tracer.start()
-    self._difference, self._differing = 0.0, 0
-
-  def add(self, window, own: routing.Traced) -> None:
-    routes, differing = self._record.routes(window, own.routes)
-    replayed = self._pass.run(window, routes)
-    self._difference = max(self._difference, self._tracer.difference(window, own, replayed))
-    self._differing += differing
-
-  def result(self) -> dict[str, Any]:
-    return {
-      'record': _REPLAY.value,
-      'max_abs_difference': self._difference,
-      'decisions_that_differ': self._differing,
-    }
-
-
-class _Injected:
-  """A pass under the model's own decisions but for those that an injection changes."""
-
-  def __init__(self, tracer: routing.Tracer, asked: Injection):
-    self._asked, self._layers = asked, find_layers(asked.asked, tracer.layers)
-    self._pass, self._totals = tracer.start(), routing.Totals(tracer.layers)
-    self._tokens = self._routes = 0
-
-  def add(self, window, own: routing.Traced) -> None:
-    routes, changed = routing.inject(
-      own.routes, self._layers, window, rate=self._asked.rate, seed=_SEED.value
-    )
-    self._totals.add(window, self._pass.run(window, routes))
-    self._tokens += int(changed.any(axis=0).sum())
-    self._routes += int(changed.sum())
-
-  def result(self, before: routing.Totals) -> dict[str, Any]:
-    nats = self._totals.nats - before.nats
-    return {
-      'layers': [layer.name for layer in self._layers],
-      'rate': self._asked.rate,
-      'tokens_changed': self._tokens,
-      'routes_changed': self._routes,
-      'loss_before': before.loss,
-      'loss_after': self._totals.loss,
-      'loss_rise': nats / before.tokens,
-      'nats_per_changed_token': nats / self._tokens if self._tokens else None,
-    }
-
-
 def main() -> None:
   injections = check_flags()
   workdir = pathlib.Path(_CHECKPOINT.value)
-  experiment = read_config(workdir)
+  experiment = workdir_lib.read_config(workdir)
   lm.check_causal(experiment.model, 'the audit')
   if _SWEEP.value is not None:
     fallback.check(experiment.model)
@@ -271,11 +139,11 @@ def main() -> None:
       f'of tokenizer {encoder.name}; a model of text is needed'
     )
   files = text.find_files(_INPUT.value)
-  params, step = read_params(workdir, experiment)
+  params, step = trained.read_params(workdir, experiment)
   tracer = routing.Tracer(params, experiment.model)
   if not tracer.layers:
     raise UserError(f'--checkpoint={workdir}: the model has no routed layer')
-  injected = [_Injected(tracer, injection) for injection in injections]
+  injected = [audit.Injected(tracer, injection, seed=_SEED.value) for injection in injections]
   documents = Documents(
     text.read_documents(files, experiment.data.text_field), encoder, max_tokens=_MAX_TOKENS.value
   )
@@ -283,12 +151,12 @@ def main() -> None:
   header = header_of(experiment, params, step, encoder, windows)
   replay = None
   if _REPLAY.value is not None:
-    replay = _Replay(tracer, read_record(_REPLAY.value, header, documents, tracer.layers))
+    replay = audit.Replay(tracer, read_record(_REPLAY.value, header, documents, tracer.layers))
 
   totals, own_pass = routing.Totals(tracer.layers), tracer.start()
   top_weights = fallback.TopWeights(experiment.model, tracer.layers)
 
-  def audit(write=None) -> None:
+  def run(write=None) -> None:
     for window in tqdm(windows, desc='Auditing', unit='window', disable=None):
       own = own_pass.run(window)
       totals.add(window, own)
@@ -301,10 +169,10 @@ def main() -> None:
 
   spelled = routing_record.printable(encoder)
   if _OUTPUT.value is None:
-    audit()
+    run()
   else:
     with routing_record.writer(_OUTPUT.value, header) as write:
-      audit(write)
+      run(write)
 
   layers = _summaries(totals)
   print(_table(layers), file=sys.stderr)

@@ -22,10 +22,10 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from ssm_moe import command_line, config
+from ssm_moe import command_line
 from ssm_moe.analysis import comparison, comparison_table, plots, runs
 from ssm_moe.errors import UserError
-from ssm_moe.training import metrics
+from ssm_moe.training import metrics, workdir
 
 _FORMAT = flags.DEFINE_enum('format', 'markdown', ['markdown', 'json'], 'Of what is printed.')
 _LOSS = flags.DEFINE_enum(
@@ -47,16 +47,10 @@ def read_run(folder: str) -> runs.Run:
   for name in ('config.json', 'metrics.jsonl'):
     if not (path / name).is_file():
       raise UserError(f'{folder}: has no {name}; a RUN is a folder that train.py wrote')
-  file = path / 'config.json'
-  try:
-    values = json.loads(file.read_bytes())
-  except (OSError, ValueError) as error:
-    raise UserError(f'{file}: {error}') from None
-  if not isinstance(values, dict):
-    raise UserError(f'{file}: holds no config')
-  experiment = config.from_config_dict(values, path=f'{file}: config')
   return runs.Run(
-    folder=folder, config=experiment, rows=metrics.read_metrics(path / 'metrics.jsonl')
+    folder=folder,
+    config=workdir.read_config(path),
+    rows=metrics.read_metrics(path / 'metrics.jsonl'),
   )
 
 

@@ -220,7 +220,11 @@ def _pyarrow(path):
 
 
 class Record:
-  """The decisions of a record, to be given back to the model that made them."""
+  """The decisions of a record, to be given back to the model that made them.
+
+  Attributes:
+    path: Where it was read from.
+  """
 
   def __init__(self, path: str, found: Iterable[Row], documents: Documents, layers: list[Layer]):
     """Reads all rows.
@@ -228,6 +232,7 @@ class Record:
     Raises:
       UserError: a row is of no token or layer of these, or one is missing.
     """
+    self.path = path
     self._documents, self._layers = documents, layers
     self._experts = [np.full((documents.num_tokens, la.top_k), -1, np.int32) for la in layers]
     self._weights = [np.zeros(experts.shape, np.float32) for experts in self._experts]

@@ -105,6 +105,24 @@ def write_config(workdir: pathlib.Path, config: ExperimentConfig) -> None:
   durable.write(workdir / 'config.json', json.dumps(to_dict(config), indent=2).encode() + b'\n')
 
 
+def read_config(workdir: pathlib.Path) -> ExperimentConfig:
+  """Reads WORKDIR/config.json of a run.
+
+  Raises:
+    UserError: it is missing or cannot be understood.
+  """
+  file = workdir / 'config.json'
+  if not file.is_file():
+    raise UserError(f'{workdir}: has no config.json; it must be a folder that train.py wrote')
+  try:
+    values = json.loads(file.read_bytes())
+  except (OSError, ValueError) as error:
+    raise UserError(f'{file}: {error}') from None
+  if not isinstance(values, dict):
+    raise UserError(f'{file}: holds no config')
+  return from_config_dict(values, path=f'{file}: config')
+
+
 def _read_config(workdir: pathlib.Path) -> ExperimentConfig | None:
   """Returns what `write_config` wrote; None if it did not."""
   try:

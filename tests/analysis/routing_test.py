@@ -35,7 +35,7 @@ MODEL = ModelConfig(
 
 def make_params(config):
   model = lm.LM(config)
-  params = nn.unbox(model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))['params'])
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))['params'])
   # Routers that are sure enough for routes to matter.
   grow = {'router', 'in_proj', 'wi', 'wo', 'out_proj'}
   return jax.tree.map_with_path(

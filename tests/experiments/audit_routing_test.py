@@ -123,6 +123,7 @@ def test_a_record_is_written_and_replayed(folder):
     ),
   ],
 )
+@pytest.mark.slow
 def test_a_mistake_is_one_line(folder, arguments, message):
   result = run_script(folder, *arguments)
   assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr

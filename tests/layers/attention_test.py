@@ -181,7 +181,11 @@ def _in_parts(module, variables, x, cuts, segment_ids=None):
 
 
 # Parts shorter than the window of 4, longer than it, and both.
-@pytest.mark.parametrize('cuts', [(7,), (2, 4, 6, 8, 10), (1, 3, 9, 10)], ids=str)
+@pytest.mark.parametrize(
+  'cuts',
+  [(2, 4, 6, 8, 10), *(pytest.param(c, marks=pytest.mark.slow) for c in ((7,), (1, 3, 9, 10)))],
+  ids=str,
+)
 def test_any_split_equals_the_whole(mixer, cuts):
   module, variables, x = mixer
   whole, last, _ = _apply(module, variables, x)
@@ -190,7 +194,9 @@ def test_any_split_equals_the_whole(mixer, cuts):
 
 # Documents end after 4 and 9 tokens in row 0, after 2 and 9 in row 1: cuts inside a document with
 # an end in the part before, and one just before an end.
-@pytest.mark.parametrize('cuts', [(6,), (3, 8), (5, 7, 11)], ids=str)
+@pytest.mark.parametrize(
+  'cuts', [(3, 8), *(pytest.param(c, marks=pytest.mark.slow) for c in ((6,), (5, 7, 11)))], ids=str
+)
 def test_split_documents_equal_the_whole(mixer, cuts):
   module, variables, x = mixer
   ids = jnp.asarray(_DOCUMENTS)

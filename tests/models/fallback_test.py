@@ -51,7 +51,7 @@ CONFIGS = {
 
 
 def make_params(config):
-  return nn.unbox(lm.LM(config).init(jax.random.key(0), TOKENS)['params'])
+  return nn.unbox(jax.jit(lm.LM(config).init)(jax.random.key(0), TOKENS)['params'])
 
 
 @functools.cache
@@ -69,7 +69,11 @@ def logits_of(params, config):
   return program(config)(params)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+_FIRST, *_OTHERS = CONFIGS
+_FIRST_FAST = [_FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in _OTHERS)]
+
+
+@pytest.mark.parametrize('name', _FIRST_FAST)
 def test_logits_stay_until_the_threshold_is_raised(name):
   config = CONFIGS[name]
   params = make_params(config)
@@ -79,7 +83,7 @@ def test_logits_stay_until_the_threshold_is_raised(name):
   assert all(not reported.fallback_fraction.any() for reported in aux.values())
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', _FIRST_FAST)
 def test_at_threshold_1_every_projection_is_the_mean(name):
   config = CONFIGS[name]
   if name == 'bottleneck':  # tokens over capacity would be other ones

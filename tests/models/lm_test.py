@@ -62,7 +62,7 @@ _MODELS = {
   ),
 }
 # Compiled in the slow part of the tests: variations of the others.
-_SLOW = ('parallel', 'period', 'mamba2')
+_SLOW = ('samba', 'parallel', 'period', 'mamba2')
 _PARAMS = [
   pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in _MODELS
 ]
@@ -82,6 +82,11 @@ def _logits(module, variables, tokens, **options):
   return module.apply(variables, output.hidden, method='logits'), output
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _step(module, variables, tokens, state):
+  return module.apply(variables, tokens, state, method='step')
+
+
 def test_no_gradient_from_later_tokens(model):
   module, variables, tokens = model
 
@@ -98,7 +103,7 @@ def test_no_gradient_from_later_tokens(model):
     return wider.apply({'params': params}, ids).hidden[:, 5].sum()
 
   embedded = variables['params']['embedding'][tokens.reshape(-1)]
-  gradient = jax.grad(one_output)(embedded).reshape(_BATCH, _LENGTH, -1)
+  gradient = jax.jit(jax.grad(one_output))(embedded).reshape(_BATCH, _LENGTH, -1)
   reached = np.abs(gradient).sum(axis=(0, 2)) > 0
   np.testing.assert_array_equal(reached, np.arange(_LENGTH) <= 5)
 
@@ -106,10 +111,9 @@ def test_no_gradient_from_later_tokens(model):
 def test_sequence_equals_prefill_and_steps(model):
   module, variables, tokens = model
   logits, output = _logits(module, variables, tokens)
-  state = module.apply(variables, tokens[:, :7]).state
-  step = jax.jit(lambda token, state: module.apply(variables, token, state, method='step'))
+  state = _logits(module, variables, tokens[:, :7])[1].state
   for t in range(7, _LENGTH):
-    one, state = step(tokens[:, t], state)
+    one, state = _step(module, variables, tokens[:, t], state)
     tolerances.assert_close(one, logits[:, t], rtol=tolerances.FLOAT32_REORDERED)
   tolerances.assert_close(state, output.state, rtol=tolerances.FLOAT32_REORDERED)
 
@@ -118,7 +122,7 @@ def test_steps_from_the_initial_state(model):
   module, variables, tokens = model
   logits, _ = _logits(module, variables, tokens[:, :1])
   state = lm.initial_state(module.config, _BATCH)
-  one, _ = module.apply(variables, tokens[:, 0], state, method='step')
+  one, _ = _step(module, variables, tokens[:, 0], state)
   tolerances.assert_close(one, logits[:, 0], rtol=tolerances.FLOAT32_REORDERED)
 
 
@@ -135,9 +139,9 @@ def test_a_step_drops_nothing(rng):
   tokens = jax.random.randint(rng, (_BATCH, 7), 0, _VOCAB)
   variables = nn.unbox(jax.jit(lm.LM(config).init)(rng, tokens))
   state = lm.initial_state(config, _BATCH)
-  logits, _ = lm.LM(config).apply(variables, tokens[:, 0], state, method='step')
+  logits, _ = _step(lm.LM(config), variables, tokens[:, 0], state)
   free = dataclasses.replace(config, moe=_MOE, mamba=_ROM)
-  expected, _ = lm.LM(free).apply(variables, tokens[:, 0], state, method='step')
+  expected, _ = _step(lm.LM(free), variables, tokens[:, 0], state)
   chex.assert_trees_all_equal(logits, expected)
 
 
@@ -208,13 +212,14 @@ def test_remat_keeps_less_memory(rng):
 def test_scanned_periods_equal_a_loop(model):
   module, variables, tokens = model
   params = variables['params']
+  one_period = jax.jit(lambda own, x: Period(module.config).apply({'params': own}, x))
   x = params['embedding'][tokens]
   for period in range(module.config.num_periods):
     own = jax.tree.map(lambda leaf, period=period: leaf[period], params['periods'])
-    x, _ = Period(module.config).apply({'params': own}, x)
+    x, _ = one_period(own, x)
   scale = params['final_norm']['scale']
   x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5) * scale[None, None, :]
-  hidden = module.apply(variables, tokens).hidden
+  hidden = _logits(module, variables, tokens)[1].hidden
   tolerances.assert_close(hidden, x, rtol=tolerances.FLOAT32_REORDERED)
 
 
@@ -243,7 +248,7 @@ def test_selection_biases_move_against_the_load(rng):
   config = dataclasses.replace(_SMALL, pattern='ME', mamba=MambaConfig(d_state=4, rom=rom), moe=moe)
   tokens = jax.random.randint(rng, (_BATCH, _LENGTH), 0, _VOCAB)
   params = nn.unbox(jax.jit(lm.LM(config).init)(rng, tokens))['params']
-  aux = lm.LM(config).apply({'params': params}, tokens).aux
+  aux = _logits(lm.LM(config), {'params': params}, tokens)[1].aux
   moved = lm.with_moved_biases(params, aux, config)
   routers = {
     'moe_1': ('layer_moe_1', 'router', 0.25),
@@ -260,6 +265,7 @@ def test_selection_biases_move_against_the_load(rng):
   assert {path[-1].key for path, different in changed if different} == {'selection_bias'}
 
 
+@pytest.mark.slow
 def test_what_looks_ahead_is_refused_unless_asked_for(rng):
   acausal = dataclasses.replace(_MODELS['parallel'], moe=MoEConfig(num_experts=4, choice='expert'))
   with pytest.raises(ConfigError, match=r'moe.choice is expert.*sampling.*allow_acausal'):
@@ -271,7 +277,7 @@ def test_what_looks_ahead_is_refused_unless_asked_for(rng):
   module = lm.LM(dataclasses.replace(acausal, d_model=16))
   variables = nn.unbox(jax.jit(module.init)(rng, tokens))
   earlier = [
-    module.apply(variables, tokens.at[0, -1].set(token)).hidden[:, :-1] for token in range(8)
+    _logits(module, variables, tokens.at[0, -1].set(token))[0][:, :-1] for token in range(8)
   ]
   assert any(not np.array_equal(earlier[0], other) for other in earlier[1:])
 

@@ -276,7 +276,10 @@ class TestStopped:
     assert _without_events(small_run.snapshot(workdir)) == before
 
   @_mamba
-  @pytest.mark.parametrize('looks', range(1, 9))
+  @pytest.mark.parametrize(
+    'looks',
+    [n if n in (1, 4, 8) else pytest.param(n, marks=pytest.mark.slow) for n in range(1, 9)],
+  )
   def test_wherever_the_signal_falls_what_is_said_is_saved(
     self, whole, tmp_path, monkeypatch, capfd, looks
   ):

@@ -179,6 +179,7 @@ def test_carried_state_equals_one_long_window(name):
   tolerances.assert_close(metrics.loss, expected.loss, rtol=tolerances.FLOAT32_REORDERED)
 
 
+@pytest.mark.slow
 def test_carried_state_survives_accumulation():
   config = dataclasses.replace(
     _config('mamba', accumulation_steps=2), data=DataConfig(carry_state=True)
@@ -214,7 +215,7 @@ def test_evaluation_counts_scored_tokens_only():
     np.testing.assert_allclose(load.sum(axis=-1) / padded.tokens, np.ones(2), rtol=1e-5)
 
 
-@pytest.mark.parametrize('parts', [1, 2])
+@pytest.mark.parametrize('parts', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_routing_losses_are_means_over_the_parts(parts):
   # Every row is the same: each part routes as the whole does, whatever it is compared with.
   moe = MoEConfig(num_experts=4, load_balancing_coefficient=0.5, dispatch='dropless')

@@ -41,8 +41,15 @@ def expected_results(case):
   return arguments, cotangents, value_and_gradients(reference, arguments, cotangents)
 
 
+# One argument at a time, which the cases with all of them cover too.
+_SLOW = ('skip', 'gate', 'softplus', 'bias', 'state', 'segments')
+CASES = [
+  pytest.param(case, marks=[pytest.mark.slow] * case.name.startswith(_SLOW)) for case in cases.CASES
+]
+
+
 @pytest.mark.parametrize('implementation', FAST)
-@pytest.mark.parametrize('case', cases.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def test_equals_reference_in_values_and_gradients(case, implementation):
   arguments, cotangents, expected = expected_results(case)
   function = functools.partial(api.selective_scan, implementation=implementation)
@@ -55,7 +62,9 @@ def test_equals_reference_in_values_and_gradients(case, implementation):
   assert_close(actual, expected, rtol=BY_DTYPE[case.dtype], what=case.name)
 
 
-@pytest.mark.parametrize('chunk_size', [1, 5, 16, 129, 1000])
+@pytest.mark.parametrize(
+  'chunk_size', [5, 129, *(pytest.param(q, marks=pytest.mark.slow) for q in (1, 16, 1000))]
+)
 def test_result_does_not_depend_on_chunk_size(chunk_size):
   case = next(case for case in cases.CASES if case.name == 'all_129')
   arguments, cotangents, expected = expected_results(case)

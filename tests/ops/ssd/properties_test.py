@@ -40,7 +40,9 @@ def split_static(arguments):
 
 
 @every_implementation
-@pytest.mark.parametrize('middle', [50, pytest.param(1, marks=pytest.mark.slow), 128])
+@pytest.mark.parametrize(
+  'middle', [50, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 128))]
+)
 def test_second_half_continues_from_the_state_of_the_first(implementation, middle):
   case, arguments = make_arguments(150, D=True, dt_bias=True, dt_softplus=True, h0=True, segments=4)
   # Position 0 of the second half continues from h0, so the cut must not be a document boundary.

@@ -91,6 +91,8 @@ class Tracer:
   def run(
     self, window: Window, state: PeriodState, routes: PeriodRoutes | None
   ) -> tuple[Traced, PeriodState]:
+    if routes is None:
+      routes = self._undecided(window.inputs.size)
     hidden, state, aux = self._forward(self._params, state, _arrays(window), routes)
     nats = self._nats(self._params, hidden, window.targets)
     nats, aux = jax.device_get((nats, aux))
@@ -101,6 +103,12 @@ class Tracer:
       {name: layer.dropped for name, layer in aux.items()},
       {name: layer.router_entropy for name, layer in aux.items()},
     ), state
+
+  def _undecided(self, num_tokens: int) -> PeriodRoutes:
+    return {
+      layer.router: Routes.undecided((self.config.num_periods, num_tokens, layer.top_k))
+      for layer in self.layers
+    }
 
   def _forward_of(self, params, state, window, routes):
     output = self._model.apply(

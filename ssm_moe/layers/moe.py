@@ -48,7 +48,7 @@ class MoE(nn.Module):
     Args:
       x: Input.
       mask: Tokens that count in statistics and take capacity; all if None.
-      routes: Decisions to take in place of the router's own.
+      routes: Decisions to take in place of the router's own; all tokens', where experts choose.
       given: What a mixer has decided, where `moe.routing` is to take that.
       drops: Whether tokens over capacity are dropped, where the dispatch does so.
     """
@@ -58,7 +58,7 @@ class MoE(nn.Module):
     token_mask = None if mask is None else mask.reshape(-1)
 
     if config.routing == 'mixer':
-      routing = given if routes is None else given.replace(routes=routes)
+      routing = given if routes is None else given.replace(routes=routes.or_else(given.routes))
     else:
       routing = Router(config, self.router_init, name='router')(tokens, routes=routes)
     if config.choice == 'expert':

@@ -8,17 +8,33 @@ from flax import struct
 from ssm_moe.config import RoutingConfig
 from ssm_moe.shapes import Array, Bool, Float, Int
 
+_UNDECIDED = -1
+
 
 class Routes(struct.PyTreeNode):
   """Which experts each token takes, and with what weight: what a record of a run holds.
+
+  Routes may be given to a model in place of its own decisions. Rows of `undecided` routes then
+  leave the token to the router; so a model that decides and one that is told are one compiled
+  program, and equal decisions give equal results to the bit.
 
   Attributes:
     expert_index: The chosen experts, the best first; the index E stands for the fallback.
     combine_weights: What each chosen expert's output is multiplied with.
   """
 
-  expert_index: Int[Array, 'T K']
-  combine_weights: Float[Array, 'T K']
+  expert_index: Int[Array, '*P T K']
+  combine_weights: Float[Array, '*P T K']
+
+  @classmethod
+  def undecided(cls, shape: tuple[int, ...]) -> 'Routes':
+    """Returns routes [*P, T, K] that leave every token to the router."""
+    return cls(jnp.full(shape, _UNDECIDED, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+  def or_else(self, own: 'Routes') -> 'Routes':
+    """Returns these routes, and `own` for the tokens that are undecided here."""
+    undecided = self.expert_index[:, :1] == _UNDECIDED
+    return jax.tree.map(lambda given, mine: jnp.where(undecided, mine, given), self, own)
 
 
 class Routing(struct.PyTreeNode):
@@ -83,7 +99,7 @@ class Router(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'T M'], *, routes: Routes | None = None) -> Routing:
-    """Decides for each token, or takes the decision `routes` that is given."""
+    """Decides for each token, or takes the decision that `routes` has for it."""
     config = self.config
     kernel = self.param(
       'kernel',
@@ -100,9 +116,6 @@ class Router(nn.Module):
       scores = jax.nn.sigmoid(router_logits)
       router_probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
     bias = self._selection_bias()
-    if routes is not None:
-      # Replayed: the bias, if there is one, has had its say.
-      return Routing(routes, router_logits, router_probs)
     if bias is None:
       weights, expert_index = jax.lax.top_k(scores, config.top_k)
     else:
@@ -110,11 +123,16 @@ class Router(nn.Module):
       weights = jnp.take_along_axis(scores, expert_index, axis=-1)
     if config.weights == 'renormalized':
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if config.fallback_threshold:
+      unsure = jnp.max(scores, axis=-1) < config.fallback_threshold
+      expert_index = jnp.where(unsure[:, None], config.num_experts, expert_index)
+    decided = Routes(expert_index, weights)
+    if routes is not None:
+      decided = routes.or_else(decided)
     fallback = None
     if config.fallback_threshold:
-      fallback = jnp.max(scores, axis=-1) < config.fallback_threshold
-      expert_index = jnp.where(fallback[:, None], config.num_experts, expert_index)
-    return Routing(Routes(expert_index, weights), router_logits, router_probs, fallback)
+      fallback = jnp.all(decided.expert_index == config.num_experts, axis=1)
+    return Routing(decided, router_logits, router_probs, fallback)
 
   def _selection_bias(self) -> Float[Array, 'E'] | None:
     """Kept with the parameters, which whoever runs the model needs; `training` moves it."""

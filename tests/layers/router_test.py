@@ -75,6 +75,21 @@ def test_routes_are_replayed():
   chex.assert_trees_all_equal(routing.routes, routes)
 
 
+def test_an_undecided_token_is_left_to_the_router():
+  x = jnp.eye(3)
+  kernel = jnp.array([[5.0, 0.0], [0.0, 5.0], [0.0, 0.1]])  # sure of 0, sure of 1, not sure
+  undecided = router_lib.Routes.undecided((3, 1))
+  given = jax.tree.map(lambda u, g: u.at[0].set(g), undecided, router_lib.Routes([1], [0.3]))
+  own = _router(kernel, x, fallback_threshold=0.6)
+  routing = router_lib.Router(
+    RoutingConfig(num_experts=2, fallback_threshold=0.6), nn.initializers.zeros
+  ).apply({'params': {'kernel': kernel}}, x, routes=given)
+  np.testing.assert_array_equal(routing.routes.expert_index, [[1], [1], [2]])
+  np.testing.assert_allclose(routing.routes.combine_weights[0], 0.3)
+  chex.assert_trees_all_equal(routing.routes.combine_weights[1:], own.routes.combine_weights[1:])
+  np.testing.assert_array_equal(routing.fallback, [False, False, True])
+
+
 def test_a_token_below_the_threshold_takes_the_fallback():
   kernel = [[0, math.log(2), math.log(5)], [0, 0, 0]]
   x = jnp.eye(2)  # best probabilities 5/8 and 1/3

@@ -60,6 +60,8 @@ class Routing(struct.PyTreeNode):
 class RoutingAux(struct.PyTreeNode):
   """What a routed layer reports beside its output: losses without coefficient, and statistics.
 
+  A model's are stacked over its periods, P.
+
   Attributes:
     load_balancing_loss: 1.0 at perfect balance.
     router_z_loss: Mean squared logsumexp of the logits.
@@ -71,14 +73,14 @@ class RoutingAux(struct.PyTreeNode):
     dropped: Assignments over capacity, if routes are recorded; else None.
   """
 
-  load_balancing_loss: Float[Array, '']
-  router_z_loss: Float[Array, '']
-  expert_load: Float[Array, 'E']
-  router_entropy: Float[Array, '']
-  dropped_fraction: Float[Array, '']
-  fallback_fraction: Float[Array, '']
+  load_balancing_loss: Float[Array, '*P']
+  router_z_loss: Float[Array, '*P']
+  expert_load: Float[Array, '*P E']
+  router_entropy: Float[Array, '*P']
+  dropped_fraction: Float[Array, '*P']
+  fallback_fraction: Float[Array, '*P']
   routes: Routes | None = None
-  dropped: Bool[Array, 'T K'] | None = None
+  dropped: Bool[Array, '*P T K'] | None = None
 
 
 class Router(nn.Module):

@@ -1,9 +1,15 @@
-"""Passes over documents beside a model's own: recorded routes given back, wrong ones injected."""
+"""Passes over documents beside a model's own: recorded routes given back, wrong ones injected.
+
+And what an audit says of each layer.
+"""
 
 import math
 from typing import Any, NamedTuple
 
 from ssm_moe.analysis import routing, routing_record
+from ssm_moe.analysis.balance import routing_statistics
+from ssm_moe.analysis.documents import Documents, Windows
+from ssm_moe.config import ExperimentConfig
 from ssm_moe.errors import UserError
 
 
@@ -103,3 +109,38 @@ class Injected:
       'loss_rise': nats / before.tokens,
       'nats_per_changed_token': nats / self._tokens if self._tokens else None,
     }
+
+
+def make_windows(experiment: ExperimentConfig, documents: Documents) -> Windows:
+  """Returns windows of the size that the model was trained with, no more lanes than documents."""
+  model, train = experiment.model, experiment.train
+  # Router groups divide the tokens of a whole batch.
+  grouped = 'E' in model.layers and model.moe.router_groups > 1
+  lanes = train.batch_size if grouped else min(train.batch_size, len(documents))
+  return Windows(documents, lanes=lanes, length=train.sequence_length)
+
+
+def summaries(totals: routing.Totals) -> list[dict[str, Any]]:
+  """Returns for each layer its loads, the statistics that training logs, and means over tokens."""
+  statistics = routing_statistics(totals.loads())
+  return [
+    summary | {key: values[i] for key, values in statistics.items()}
+    for i, summary in enumerate(totals.summary())
+  ]
+
+
+def table(layers: list[dict[str, Any]]) -> str:
+  """Returns `summaries` as lines of text."""
+  width = max(len(layer['name']) for layer in layers)
+  lines = [
+    f'{"layer":{width}}  experts  balance  most loaded   dead  dropped  fallback  top weight',
+  ]
+  for layer in layers:
+    experts = len(layer['expert_load'])
+    most = f'{max(layer["expert_load"]) * experts:.2f}/{experts}'
+    lines.append(
+      f'{layer["name"]:{width}}  {experts:7d}  {layer["expert_load_entropy"]:7.1%}  {most:>11}  '
+      f'{layer["dead_experts"]:5d}  {layer["dropped_fraction"]:7.2%}  '
+      f'{layer["fallback_fraction"]:8.2%}  {layer["top_weight"]:10.3f}'
+    )
+  return '\n'.join(lines)

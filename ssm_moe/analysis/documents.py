@@ -98,7 +98,7 @@ class Windows:
   """
 
   def __init__(self, documents: Documents, *, lanes: int, length: int):
-    self.documents, self.lanes, self._length = documents, lanes, length
+    self.documents, self.lanes, self.length = documents, lanes, length
     self._of_lane: list[list[int]] = [[] for _ in range(lanes)]
     filled = np.zeros(lanes, np.int64)
     for document, tokens in enumerate(documents.tokens):
@@ -113,12 +113,12 @@ class Windows:
   def __iter__(self) -> Iterator[Window]:
     lanes = [self._lane(documents) for documents in self._of_lane]
     for index in range(self._count):
-      part = slice(index * self._length, (index + 1) * self._length)
+      part = slice(index * self.length, (index + 1) * self.length)
       inputs, targets, segment_ids, position = np.stack([lane[:, part] for lane in lanes], axis=1)
       yield Window(index, inputs, targets, segment_ids, position, position[:, 0] > 0)
 
   def _lane(self, documents: list[int]) -> Int[np.ndarray, '4 _']:
-    lane = np.zeros((4, self._count * self._length), np.int32)
+    lane = np.zeros((4, self._count * self.length), np.int32)
     start = 0
     for document in documents:
       tokens = self.documents.tokens[document]

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from ssm_moe.analysis import plots
 from ssm_moe.analysis.documents import Windows
 from ssm_moe.analysis.routing import Layer, Totals, Traced, Tracer, routes_of
 from ssm_moe.config import ModelConfig
@@ -103,6 +105,27 @@ def choose(points: Sequence[Point], tolerance: float) -> Point | None:
   """Returns the point of the largest threshold whose loss rises by at most `tolerance` nats."""
   good = [point for point in points if point.loss_rise <= tolerance]
   return max(good, key=lambda point: point.threshold, default=None)
+
+
+def report(
+  points: Sequence[Point], *, base_loss: float, tolerance: float, plot: str
+) -> dict[str, Any]:
+  """Chooses a threshold, draws the points to the file `plot`, and returns what is said of them."""
+  chosen = choose(points, tolerance)
+  plots.plot_fallback(
+    [(point.fallback_fraction, point.loss_rise, point.threshold) for point in points],
+    plot,
+    tolerance=tolerance,
+    chosen=None if chosen is None else chosen.threshold,
+  )
+  return {
+    'plot': plot,
+    'base_loss': base_loss,
+    'tolerance': tolerance,
+    'points': [dataclasses.asdict(point) for point in points],
+    # 0: no threshold that was tried is cheap enough.
+    'chosen_threshold': 0.0 if chosen is None else chosen.threshold,
+  }
 
 
 def check(config: ModelConfig) -> None:

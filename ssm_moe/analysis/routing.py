@@ -1,6 +1,5 @@
 """What a model's routers decide, token by token; decisions given back, and wrong ones put in."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ from ssm_moe.analysis.documents import Window
 from ssm_moe.config import ModelConfig
 from ssm_moe.layers.router import Routes
 from ssm_moe.models import lm
-from ssm_moe.models.block import PeriodRoutes, PeriodState, layer_names
+from ssm_moe.models.block import PeriodRoutes, PeriodState, keep_rows, routers_by_depth
 from ssm_moe.shapes import Array, Bool, Float, Int, PyTree
 
 
@@ -116,7 +115,7 @@ class Tracer:
       window['inputs'],
       segment_ids=window['segment_ids'],
       mask=window['segment_ids'] > 0,
-      state=jax.tree.map(functools.partial(_kept, keep=window['continues']), state),
+      state=keep_rows(state, window['continues']),
       routes=routes,
     )
     return output.hidden, output.state, output.aux
@@ -143,28 +142,18 @@ class Tracer:
   def _find_layers(self) -> list[Layer]:
     tokens = jax.ShapeDtypeStruct((1, self.config.moe.router_groups), jnp.int32)
     aux = jax.eval_shape(lambda p, t: self._model.apply({'params': p}, t).aux, self._params, tokens)
-    names = layer_names(self.config)
-    layers = []
-    for period in range(self.config.num_periods):
-      for i, (name, letter) in enumerate(names.items()):
-        for router in aux:
-          layer, _, projection = router.partition('/')
-          if layer != name:
-            continue
-          depth = period * len(names) + i
-          kind = name.rpartition('_')[0] + (f' {projection}' if projection else '')
-          layers.append(
-            Layer(
-              f'{depth:02d} {kind}',
-              depth,
-              router,
-              period,
-              aux[router].expert_load.shape[-1],
-              aux[router].routes.expert_index.shape[-1],
-              letter == 'E' and self.config.moe.choice == 'expert',
-            )
-          )
-    return layers
+    return [
+      Layer(
+        place.name,
+        place.depth,
+        place.router,
+        place.period,
+        aux[place.router].expert_load.shape[-1],
+        aux[place.router].routes.expert_index.shape[-1],
+        place.letter == 'E' and self.config.moe.choice == 'expert',
+      )
+      for place in routers_by_depth(aux, self.config)
+    ]
 
 
 class Pass:
@@ -289,9 +278,3 @@ def _arrays(window: Window) -> dict[str, np.ndarray]:
     'segment_ids': window.segment_ids,
     'continues': window.continues,
   }
-
-
-def _kept(leaf: Array, keep: Bool[Array, 'B']) -> Array:
-  """Zeroes the state of lanes that begin a document; leaves are [periods, B, ...]."""
-  shaped = keep.reshape((1, -1) + (1,) * (leaf.ndim - 2))
-  return jnp.where(shaped, leaf, jnp.zeros_like(leaf))

@@ -1,4 +1,10 @@
-"""The router, its losses and its statistics. All arithmetic is float32."""
+"""The router, its losses and its statistics. All arithmetic is float32.
+
+The shapes of the trees here are not checked at run time (no_type_check): JAX rebuilds trees with
+shapes, shardings or axis numbers in place of arrays.
+"""
+
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +17,7 @@ from ssm_moe.shapes import Array, Bool, Float, Int
 _UNDECIDED = -1
 
 
+@no_type_check
 class Routes(struct.PyTreeNode):
   """Which experts each token takes, and with what weight: what a record of a run holds.
 
@@ -37,6 +44,7 @@ class Routes(struct.PyTreeNode):
     return jax.tree.map(lambda given, mine: jnp.where(undecided, mine, given), self, own)
 
 
+@no_type_check
 class Routing(struct.PyTreeNode):
   """What a router decided.
 
@@ -57,6 +65,7 @@ class Routing(struct.PyTreeNode):
     return self.router_logits.shape[1]
 
 
+@no_type_check
 class RoutingAux(struct.PyTreeNode):
   """What a routed layer reports beside its output: losses without coefficient, and statistics.
 

@@ -1,8 +1,10 @@
 """One period of a model: its layers in groups, each before a norm and around a residual."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -31,6 +33,39 @@ def layer_names(config: ModelConfig) -> dict[str, str]:
   return {f'{LAYER_WORDS[letter]}_{i}': letter for i, letter in enumerate(config.layers)}
 
 
+class RouterPlace(NamedTuple):
+  """Where a router sits in a model.
+
+  Attributes:
+    name: Depth and kind of its layer and, where each has its own router, the projection.
+    depth: Of its layer, counted over all layers, routed or not, from 0.
+    letter: Of its layer, in the pattern.
+    router: Its name in a period's routing.
+    period: Which one.
+  """
+
+  name: str
+  depth: int
+  letter: str
+  router: str
+  period: int
+
+
+def routers_by_depth(routers: Iterable[str], config: ModelConfig) -> list[RouterPlace]:
+  """Returns the places, in all periods, of the routers of one; from the first layer to the last."""
+  names = layer_names(config)
+  places = []
+  for period in range(config.num_periods):
+    for i, (layer, letter) in enumerate(names.items()):
+      for router in routers:
+        of_layer, _, projection = router.partition('/')
+        if of_layer == layer:
+          depth = period * len(names) + i
+          kind = layer.rpartition('_')[0] + (f' {projection}' if projection else '')
+          places.append(RouterPlace(f'{depth:02d} {kind}', depth, letter, router, period))
+  return places
+
+
 def layer_groups(config: ModelConfig) -> list[dict[str, str]]:
   """Returns the same in groups that share a norm and a residual."""
   layers = iter(layer_names(config).items())
@@ -56,6 +91,16 @@ def initial_state(config: ModelConfig, batch: int) -> PeriodState:
         window = config.attention.window if letter == 'W' else None
         state[name] = attention.initial_state(config.attention, window=window, **shared)
   return state
+
+
+def keep_rows(state: PeriodState, keep: Bool[Array, 'B']) -> PeriodState:
+  """Zeroes the state of rows that start a new document. Leaves are [periods, B, ...]."""
+
+  def masked(leaf):
+    kept = keep.reshape((1, -1) + (1,) * (leaf.ndim - 2))
+    return jnp.where(kept, leaf, jnp.zeros_like(leaf))
+
+  return jax.tree.map(masked, state)
 
 
 class _Decided:

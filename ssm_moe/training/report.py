@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssm_moe.analysis import plots
+from ssm_moe.analysis.balance import routing_statistics
 from ssm_moe.config import ExperimentConfig, ModelConfig
 from ssm_moe.data.evaluation import EvalBatches
 from ssm_moe.data.pipeline import TrainBatches
 from ssm_moe.data.tokenizer import Tokenizer
 from ssm_moe.inference.generate import generate
 from ssm_moe.models import accounting
-from ssm_moe.models.block import PeriodAux, layer_names
+from ssm_moe.models.block import PeriodAux, routers_by_depth
 from ssm_moe.shapes import PyTree
 from ssm_moe.training import durable
-from ssm_moe.training.metrics import read_metrics, routing_statistics
+from ssm_moe.training.metrics import read_metrics
 from ssm_moe.training.step import EvalSums
 
 _STATISTICS = ('dropped_fraction', 'fallback_fraction', 'router_entropy', 'load_balancing_loss')
@@ -126,17 +127,9 @@ class ExpertAlarm:
 
 def _by_depth(stacked: dict[str, Any], config: ModelConfig) -> tuple[list[str], list[np.ndarray]]:
   """Turns arrays by router of a period, stacked over periods, into a list by depth with names."""
-  names, values = [], []
-  order = list(layer_names(config))
-  for period in range(config.num_periods):
-    for i, layer in enumerate(order):
-      for key in stacked:
-        name, _, projection = key.partition('/')
-        if name == layer:
-          kind = name.rpartition('_')[0] + (f' {projection}' if projection else '')
-          names.append(f'{period * len(order) + i:02d} {kind}')
-          values.append(np.asarray(stacked[key][period]))
-  return names, values
+  places = routers_by_depth(stacked, config)
+  values = [np.asarray(stacked[place.router][place.period]) for place in places]
+  return [place.name for place in places], values
 
 
 def banner(

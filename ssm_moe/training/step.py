@@ -12,7 +12,7 @@ from flax import struct
 from ssm_moe import sharding
 from ssm_moe.config import ExperimentConfig
 from ssm_moe.models import lm
-from ssm_moe.models.block import PeriodAux, PeriodState
+from ssm_moe.models.block import PeriodAux, PeriodState, keep_rows
 from ssm_moe.shapes import Array, Float, Int
 from ssm_moe.training.losses import cross_entropy_sum
 
@@ -187,16 +187,6 @@ def state_shardings(mesh: jax.sharding.Mesh, boxed: TrainState) -> TrainState:
   shardings = sharding.tree_shardings(mesh, boxed.replace(model_state=None))
   rows = sharding.carried_state_sharding(mesh)
   return shardings.replace(model_state=jax.tree.map(lambda _: rows, boxed.model_state))
-
-
-def keep_rows(model_state: PeriodState, keep: Array) -> PeriodState:
-  """Zeroes the state of the rows that start a new document. Leaves are [periods, B, ...]."""
-
-  def masked(leaf):
-    kept = keep.reshape((1, -1) + (1,) * (leaf.ndim - 2))
-    return jnp.where(kept, leaf, jnp.zeros_like(leaf))
-
-  return jax.tree.map(masked, model_state)
 
 
 def _cut(tree: Any, parts: int, axis: int) -> Any:

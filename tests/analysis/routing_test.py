@@ -102,7 +102,7 @@ def test_windows_hold_every_token_once_and_the_state_goes_through_a_document(tra
   config = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, dispatch='dropless'))
   dropless = routing.Tracer(tracer._params, config)
   model, one_pass = lm.LM(config), dropless.start()
-  output = model.apply({'params': tracer._params}, documents.inputs(0)[None])
+  output = model.apply({'params': tracer._params}, jnp.asarray(documents.inputs(0))[None])
   logits = model.apply({'params': tracer._params}, output.hidden, method='logits')[0]
   whole = jax.nn.logsumexp(logits, axis=-1) - logits[np.arange(len(logits)), documents.tokens[0]]
   parts = [one_pass.run(window).nats[window.segment_ids == 1] for window in make_windows()]

@@ -74,7 +74,7 @@ def run_script(folder, *arguments):
 
 
 @pytest.mark.slow
-def test_a_record_is_written_and_replayed(folder):
+def test_a_record_is_written_and_replayed_and_thresholds_are_tried(folder):
   shared = ('--checkpoint=run', '--input=text.jsonl', '--max_tokens=500')
   first = run_script(folder, *shared, '--output=new/routes.jsonl')
   assert first.returncode == 0, first.stderr
@@ -83,7 +83,8 @@ def test_a_record_is_written_and_replayed(folder):
   assert len(lines) == 1 + 500 * LAYERS
 
   injections = ('--inject=all:0.5', '--inject=1:0.5', '--inject=mamba_0:0')
-  replayed = run_script(folder, *shared, '--replay=new/routes.jsonl', *injections)
+  sweep = ('--fallback_sweep=sweep.png', '--fallback_tolerance=100')
+  replayed = run_script(folder, *shared, '--replay=new/routes.jsonl', *injections, *sweep)
   assert replayed.returncode == 0, replayed.stderr
   result = json.loads(replayed.stdout.splitlines()[-1])
   assert (result['tokens'], result['step'], result['last_document_cut']) == (500, 2, True)
@@ -95,6 +96,14 @@ def test_a_record_is_written_and_replayed(folder):
   bits = result['loss'] * result['tokens'] / result['bits_per_byte']
   assert abs(bits / 0.6931471805599453 / 500 - 1) < 0.1  # about one byte a token
   assert [layer['name'] for layer in result['layers']] == ['00 mamba', '01 mamba']
+
+  points = result['fallback']['points']
+  thresholds, rates = (
+    [point[key] for point in points] for key in ('threshold', 'fallback_fraction')
+  )
+  assert thresholds == sorted(thresholds) and rates == sorted(rates) and 0 < rates[-1] <= 1
+  assert result['fallback']['chosen_threshold'] == thresholds[-1]  # any rise is tolerated
+  assert (folder / 'sweep.png').read_bytes().startswith(b'\x89PNG')
 
   # Another input is not what the record was made of.
   other = run_script(folder, '--checkpoint=run', '--input=other.txt', '--replay=new/routes.jsonl')

@@ -13,7 +13,7 @@ from ssm_moe.config import Mamba2Config, MambaConfig, ModelConfig, MoEConfig, Ro
 from ssm_moe.models import fallback, lm
 from tests.tolerances import FLOAT32_REORDERED, assert_close
 
-TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12) % 7
+TOKENS = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 7
 
 
 def rom(**fields):

@@ -13,7 +13,7 @@ from tensorboard.util import tensor_util
 
 from ssm_moe.errors import UserError
 from ssm_moe.training import metrics
-from ssm_moe.training.metrics import MetricsLogger, read_metrics, routing_statistics
+from ssm_moe.training.metrics import MetricsLogger, read_metrics
 from tests.training import full_disk
 
 
@@ -207,15 +207,6 @@ class TestTensorBoard:
     assert step == 1
     np.testing.assert_array_equal(buckets, [[0, 1, 1.0], [1, 2, 0.0], [2, 3, 0.0]])
     np.testing.assert_array_equal(curves['expert_load/a'][0][1][:, 2], loads[0])
-
-
-def test_routing_statistics_by_hand():
-  loads = [[0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [1.0]]
-  assert routing_statistics([np.float32(load) for load in loads]) == {
-    'expert_load_entropy': [1.0, 0.0, 0.5, 1.0],  # ln 2 / ln 4 = 1/2
-    'max_violation': [0.0, 3.0, 1.0, 0.0],
-    'dead_experts': [0, 3, 2, 0],
-  }
 
 
 class TestProgress:

@@ -5,12 +5,35 @@ these arguments, or None. 'auto' takes the first that can and logs the choice on
 shows; a name is obeyed or refused, and never falls back to another.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import jax
 from absl import logging
 
 Supports = Callable[[], str | None]
+
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar('platform', default=None)
+
+
+def platform() -> str:
+  """Returns what the code that is being traced will run on: 'cpu', 'gpu' or 'tpu'."""
+  return _PLATFORM.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(target: str) -> Iterator[None]:
+  """Implementations are chosen for the platform `target` meanwhile, whatever this machine has.
+
+  A function that was jitted and traced before keeps its choice: make a new one inside.
+  """
+  token = _PLATFORM.set(target)
+  try:
+    yield
+  finally:
+    _PLATFORM.reset(token)
 
 
 def select(op: str, implementation: str, candidates: Mapping[str, Supports]) -> str:

@@ -1,0 +1,38 @@
+"""Compiles for TPU slices on a machine without a TPU, by the compiler in the package libtpu."""
+
+import functools
+import importlib.util
+import os
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+from ssm_moe.ops import implementation
+
+# For all tests of a module: pytestmark = tpu.MARKS
+MARKS = (
+  pytest.mark.tpu_aot,
+  pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason='libtpu has no wheel for this Python'
+  ),
+)
+
+
+@functools.cache
+def devices(name: str = 'v5e:2x2') -> tuple[jax.Device, ...]:
+  """Returns the devices of a slice; they can be compiled for, and hold no data."""
+  # No queries of the metadata server of a TPU machine; and several test processes at once.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  return tuple(topologies.get_topology_desc(platform='tpu', topology_name=name).devices)
+
+
+def compile_for_one(function, *arguments, name: str = 'v5e:2x2') -> jax.stages.Compiled:
+  """Compiles `function` for one chip; `arguments` are arrays or their shapes."""
+  layout = jax.sharding.SingleDeviceSharding(devices(name)[0])
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), arguments
+  )
+  with implementation.compiling_for('tpu'):
+    return jax.jit(function).lower(*shapes).compile()

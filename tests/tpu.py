@@ -19,6 +19,13 @@ MARKS = (
 )
 
 
+def needs_compiler(test):
+  """Marks one test, where others of its module need no compiler for TPUs."""
+  for mark in MARKS:
+    test = mark(test)
+  return test
+
+
 @functools.cache
 def devices(name: str = 'v5e:2x2') -> tuple[jax.Device, ...]:
   """Returns the devices of a slice; they can be compiled for, and hold no data."""

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ssm_moe.ops.selective_scan import api, cases, chunked
+from ssm_moe.ops.selective_scan import api, cases, chunked, pallas_tpu
 from tests.tolerances import BY_DTYPE, assert_close
 
 FAST = ('chunked', 'associative')
+FUNCTIONS = {name: functools.partial(api.selective_scan, implementation=name) for name in FAST} | {
+  'pallas_tpu': functools.partial(pallas_tpu.selective_scan, interpret=True)
+}
 
 
 def value_and_gradients(function, arguments, cotangents):
@@ -48,12 +51,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize('implementation', FAST)
+@pytest.mark.parametrize('implementation', FUNCTIONS)
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def test_equals_reference_in_values_and_gradients(case, implementation):
   arguments, cotangents, expected = expected_results(case)
-  function = functools.partial(api.selective_scan, implementation=implementation)
-  actual = value_and_gradients(function, arguments, cotangents)
+  actual = value_and_gradients(FUNCTIONS[implementation], arguments, cotangents)
   (y, h), gradients = actual
   chex.assert_type(y, arguments['x'].dtype)
   chex.assert_type(h, jnp.float32)

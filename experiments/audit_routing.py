@@ -1,36 +1,38 @@
-r"""Says what a trained model's routers decide: which experts, for every token and layer.
+"""Says what a trained model's routers decide: which experts, for every token and layer.
 
-python experiments/audit_routing.py --checkpoint=runs/quickstart --input=text.txt \
-  --output=routes.jsonl --inject=all:0.1
+python experiments/audit_routing.py --checkpoint=runs/quickstart --input=text.txt --inject=all:0.1
 
 Runs the newest checkpoint over whole documents, each from an empty state that is carried to its
-end. A table of the layers goes to standard error; the last line on standard output is a JSON
-object. --output writes a row for each token and layer; a later call with --replay=routes.jsonl, on
-the same checkpoint and input, gives the model those decisions in place of its own, and reports the
-largest difference in any logit, which is 0 where the record is whole. --inject=LAYER:RATE sends a
-share of a layer's tokens to random other experts, while all other decisions stay as they were, and
-reports the loss; LAYER is a number or name of the table, or all. --fallback_sweep=sweep.png tries
-thresholds below which a token takes the shared expert, or for Routing Mamba the mean expert.
+end. What was found goes to standard error; the last line on standard output is a JSON object.
+--output writes a row for each token and layer; a later call with --replay=routes.jsonl, on the same
+checkpoint and input, gives the model those decisions in place of its own, and reports the largest
+difference in any logit: 0 if the record is unchanged. --inject=LAYER:RATE sends a share of a
+layer's tokens to random other experts, all other decisions staying as they were, and reports the
+loss; LAYER is a number or name of the table, or all. --fallback_sweep=sweep.png tries thresholds
+below which a token takes the shared expert, or for Routing Mamba the mean expert.
 """
 
 import contextlib
 import json
 import math
-import os
 import pathlib
 import sys
 
 from absl import flags
-from tqdm import tqdm
 
 from ssm_moe import command_line
-from ssm_moe.analysis import audit, fallback, provenance, routing, routing_record
-from ssm_moe.analysis.documents import Documents
-from ssm_moe.data import text, tokenizer
-from ssm_moe.errors import UserError
-from ssm_moe.models import lm
-from ssm_moe.training import trained
-from ssm_moe.training import workdir as workdir_lib
+
+with command_line.loading():
+  from tqdm import tqdm
+
+  from ssm_moe.analysis import audit, fallback, provenance, routing, routing_record
+  from ssm_moe.analysis.documents import Documents
+  from ssm_moe.analysis.replay import Record
+  from ssm_moe.data import text, tokenizer
+  from ssm_moe.errors import UserError
+  from ssm_moe.models import lm
+  from ssm_moe.training import trained
+  from ssm_moe.training import workdir as workdir_lib
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'A folder that train.py wrote.')
 _INPUT = flags.DEFINE_string(
@@ -65,9 +67,7 @@ def check_flags() -> list[audit.Injection]:
     raise UserError(f'--fallback_sweep={_SWEEP.value}: the name must end in .png')
   for flag in (_OUTPUT, _SWEEP):
     if flag.value is not None:
-      if os.path.lexists(flag.value):
-        raise UserError(f'--{flag.name}={flag.value} is there already; give another name')
-      command_line.check_output(flag.name, flag.value)
+      command_line.check_new_output(flag.name, flag.value)
   return [audit.parse_injection(asked) for asked in _INJECT.value]
 
 
@@ -99,7 +99,7 @@ def main() -> None:
   replay = None
   if recorded is not None:
     provenance.check_same(_REPLAY.value, recorded, header)
-    record = routing_record.Record(_REPLAY.value, rows, documents, tracer.layers)
+    record = Record(_REPLAY.value, rows, documents, tracer.layers)
     replay = audit.Replay(tracer, record)
 
   totals, own_pass = routing.Totals(tracer.layers), tracer.start()
@@ -121,6 +121,8 @@ def main() -> None:
 
   layers = audit.summaries(totals)
   print(audit.table(layers), file=sys.stderr)
+  for part in (*([replay] if replay else []), *injected):
+    print(part.sentence(totals), file=sys.stderr)
   num_bytes = documents.num_bytes
   result = {
     'checkpoint': str(workdir),
@@ -137,10 +139,10 @@ def main() -> None:
   if _SWEEP.value is not None:
     thresholds = top_weights.thresholds()
     print(f'trying {len(thresholds)} fallback thresholds ...', file=sys.stderr, flush=True)
-    points = fallback.sweep(params, experiment.model, windows, thresholds, base_loss=totals.loss)
-    result['fallback'] = fallback.report(
-      points, base_loss=totals.loss, tolerance=_TOLERANCE.value, plot=_SWEEP.value
-    )
+    base, tolerance = totals.loss, _TOLERANCE.value
+    points = fallback.sweep(params, experiment.model, windows, thresholds, base_loss=base)
+    result['fallback'] = fallback.report(points, base, tolerance, plot=_SWEEP.value)
+    print(fallback.sentence(points, tolerance), file=sys.stderr)
   print(json.dumps(result, allow_nan=False))
 
 

@@ -31,8 +31,8 @@ _FORMAT = flags.DEFINE_enum('format', 'markdown', ['markdown', 'json'], 'Of what
 _LOSS = flags.DEFINE_enum(
   'loss', 'valid', ['valid', 'train'], 'Evaluations, or the moving average of the training loss.'
 )
-_OUTPUT = flags.DEFINE_string('output', None, 'Write there instead of standard output.')
-_PLOT = flags.DEFINE_string('plot', None, 'Draw the losses against tokens and seconds: a PNG file.')
+_OUTPUT = flags.DEFINE_string('output', None, 'A new file to write to, instead of standard output.')
+_PLOT = flags.DEFINE_string('plot', None, 'Draw losses against tokens and seconds: a new PNG file.')
 
 
 def read_run(folder: str) -> runs.Run:
@@ -65,8 +65,8 @@ def find_runs(arguments: list[str]) -> Iterator[tuple[str | None, str]]:
     # A path may have an equals sign, too.
     if not equals or '/' in name or os.path.exists(argument):
       name, pattern = None, argument
-    if name == '':
-      raise UserError(f'{argument}: there is no name before the equals sign')
+    if not (name and pattern) and name is not None:
+      raise UserError(f'{argument}: it must be NAME=RUN, with something on both sides')
     folders = [pattern]
     if not os.path.exists(pattern) and glob.has_magic(pattern):
       folders = sorted(path for path in glob.glob(pattern) if os.path.isdir(path))
@@ -81,6 +81,11 @@ def find_runs(arguments: list[str]) -> Iterator[tuple[str | None, str]]:
 
 
 def main(arguments: list[str]) -> None:
+  for flag in (_OUTPUT, _PLOT):
+    if flag.value is not None:
+      command_line.check_new_output(flag.name, flag.value)
+  if _PLOT.value is not None and not _PLOT.value.endswith('.png'):
+    raise UserError(f'--plot={_PLOT.value}: the name must end in .png')
   named = [(name, read_run(folder)) for name, folder in find_runs(arguments)]
   compared = comparison.compare(runs.group(named), _LOSS.value)
   report = compared.report
@@ -90,22 +95,14 @@ def main(arguments: list[str]) -> None:
     text = json.dumps(report, indent=2, allow_nan=False)
   else:
     text = comparison_table.markdown(report)
-  try:
-    if _OUTPUT.value is None:
-      print(text)
-    else:
-      path = pathlib.Path(_OUTPUT.value)
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(text + '\n', encoding='utf-8')
-    if _PLOT.value is not None:
-      pathlib.Path(_PLOT.value).parent.mkdir(parents=True, exist_ok=True)
-      plots.plot_comparison(
-        compared.bands, _PLOT.value, loss=_LOSS.value, target_loss=report['target_loss']
-      )
-  except (BrokenPipeError, UserError):
-    raise
-  except OSError as error:
-    raise UserError(f'{error.filename}: {error.strerror}') from None
+  if _OUTPUT.value is None:
+    print(text)
+  else:
+    pathlib.Path(_OUTPUT.value).write_text(text + '\n', encoding='utf-8')
+  if _PLOT.value is not None:
+    plots.plot_comparison(
+      compared.bands, _PLOT.value, loss=_LOSS.value, target_loss=report['target_loss']
+    )
 
 
 if __name__ == '__main__':

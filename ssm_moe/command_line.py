@@ -7,6 +7,7 @@ operating system refuses, such as a full disk, is one line and status 1; Ctrl-C 
 line and 128 and the signal's number, after what was half done has been cleaned up.
 """
 
+import contextlib
 import logging as python_logging
 import os
 import pathlib
@@ -93,14 +94,37 @@ def _prepare() -> None:
   sys.stdout = sys.stdout or open(os.devnull, 'w')  # noqa: SIM115
   sys.stderr = sys.stderr or open(os.devnull, 'w')  # noqa: SIM115
   signal.signal(signal.SIGTERM, _terminate)
-  # On a machine without a TPU, jax tells every user so, at level INFO.
-  python_logging.getLogger('jax._src.xla_bridge').setLevel(python_logging.WARNING)
+  # On a machine without a TPU, jax tells every user so, at level INFO; and how processes meet.
+  for name in ('xla_bridge', 'distributed'):
+    python_logging.getLogger(f'jax._src.{name}').setLevel(python_logging.WARNING)
   # config_flags warns of a get_config that returns nothing; here that is a mistake with its line.
   absl_logging.get_absl_logger().addFilter(lambda record: record.module != 'config_flags')
 
 
 def _terminate(*_) -> None:
   raise _Terminated
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+  """While large modules are imported, Ctrl-C and SIGTERM end the script at once, in one line.
+
+  There is nothing to clean up yet, and an exception that comes up in the import of a native module
+  crashes some of them and is swallowed by others.
+  """
+
+  def end(number: int, _) -> None:
+    what = 'interrupted' if number == signal.SIGINT else 'terminated'
+    os.write(2, f'{os.path.basename(sys.argv[0])}: {what}\n'.encode())
+    os._exit(128 + number)
+
+  former = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield
+  finally:
+    for number, handler in former.items():
+      # None stands for a handler that was not installed from Python; it cannot be put back.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def check_output(flag: str, path: str | os.PathLike) -> None:
@@ -123,6 +147,15 @@ def check_output(flag: str, path: str | os.PathLike) -> None:
       path.unlink()
   except OSError as error:
     raise UserError(f'--{flag}={path} cannot be written ({error.strerror})') from None
+
+
+def check_new_output(flag: str, path: str | os.PathLike) -> None:
+  """Checks the same of a file that must not be there yet, so that none is written over."""
+  if not os.fspath(path):
+    raise UserError(f'--{flag}= has no file name')
+  if os.path.lexists(path):
+    raise UserError(f'--{flag}={path} is there already; give another name')
+  check_output(flag, path)
 
 
 def run_name(config_flag: str) -> str:
@@ -256,7 +289,9 @@ def _describe_fields() -> str:
 def _end(what: str, number: signal.Signals) -> None:
   """Says in one line that a signal ended the script, and exits as the shell expects."""
   print(f'{os.path.basename(sys.argv[0])}: {what}', file=sys.stderr, flush=True)
-  sys.exit(128 + number)
+  # What was half done is cleaned up. At once, because a compilation may run on in a thread of
+  # XLA's, which would end in a segmentation fault when Python takes down what it works on.
+  os._exit(128 + number)
 
 
 def _refuse(error: Exception) -> None:

@@ -7,7 +7,7 @@ for row in mamba moe_1 moe_4 moe_16 parallel_16 inner rom_shared rom_independent
   done
 done
 python experiments/compare.py mamba='runs/ordering/mamba_*' 'runs/ordering/*' \
-  --plot=docs/ordering.png
+  --plot=ordering.png
 
 The orders to look for are MoE-Mamba's (more experts are better, one is worse than dense Mamba,
 serial is better than parallel, inner MoE is worse) and Routing Mamba's (shared is better than

@@ -6,9 +6,10 @@ And what an audit says of each layer.
 import math
 from typing import Any, NamedTuple
 
-from ssm_moe.analysis import routing, routing_record
+from ssm_moe.analysis import routing
 from ssm_moe.analysis.balance import routing_statistics
 from ssm_moe.analysis.documents import Documents, Windows
+from ssm_moe.analysis.replay import Record
 from ssm_moe.config import ExperimentConfig
 from ssm_moe.errors import UserError
 
@@ -16,7 +17,7 @@ from ssm_moe.errors import UserError
 class Injection(NamedTuple):
   """What one --inject asks for."""
 
-  asked: str
+  layer: str
   rate: float
 
 
@@ -62,14 +63,17 @@ def find_layers(asked: str, layers: list[routing.Layer]) -> list[routing.Layer]:
 class Replay:
   """A pass under recorded decisions, beside the model's own."""
 
-  def __init__(self, tracer: routing.Tracer, record: routing_record.Record):
+  def __init__(self, tracer: routing.Tracer, record: Record):
     self._tracer, self._record, self._pass = tracer, record, tracer.start()
     self._difference, self._differing = 0.0, 0
 
   def add(self, window, own: routing.Traced) -> None:
-    routes, differing = self._record.routes(window, own.routes)
+    routes, differing = self._record.routes(window, own)
     replayed = self._pass.run(window, routes)
-    self._difference = max(self._difference, self._tracer.difference(window, own, replayed))
+    difference = self._tracer.difference(window, own, replayed)
+    if not math.isfinite(difference):
+      raise UserError(f'--replay={self._record.path}: the logits under it are not finite')
+    self._difference = max(self._difference, difference)
     self._differing += differing
 
   def result(self) -> dict[str, Any]:
@@ -79,13 +83,20 @@ class Replay:
       'decisions_that_differ': self._differing,
     }
 
+  def sentence(self, before: routing.Totals) -> str:
+    del before
+    return (
+      f'replay of {self._record.path}: {self._differing} decisions differ, logits by at most '
+      f'{self._difference:.3g}'
+    )
+
 
 class Injected:
   """A pass under the model's own decisions but for those that an injection changes."""
 
   def __init__(self, tracer: routing.Tracer, asked: Injection, *, seed: int):
     self._seed = seed
-    self._asked, self._layers = asked, find_layers(asked.asked, tracer.layers)
+    self._asked, self._layers = asked, find_layers(asked.layer, tracer.layers)
     self._pass, self._totals = tracer.start(), routing.Totals(tracer.layers)
     self._tokens = self._routes = 0
 
@@ -109,6 +120,14 @@ class Injected:
       'loss_rise': nats / before.tokens,
       'nats_per_changed_token': nats / self._tokens if self._tokens else None,
     }
+
+  def sentence(self, before: routing.Totals) -> str:
+    found = self.result(before)
+    return (
+      f'wrong routes for {found["tokens_changed"]} of {before.tokens} tokens '
+      f'({self._asked.layer}, rate {self._asked.rate:g}): loss {before.loss:.4f} becomes '
+      f'{found["loss_after"]:.4f}'
+    )
 
 
 def make_windows(experiment: ExperimentConfig, documents: Documents) -> Windows:

@@ -81,6 +81,9 @@ def _run_curve(run: Run, alpha: float | None) -> Curve:
     raise UserError(f'{run.folder}: {error}') from None
   if not len(curve.steps):
     what, other = ('evaluation', 'train') if alpha is None else ('training loss', 'valid')
+    key = 'valid_loss' if alpha is None else 'train_loss'
+    if any(key in row for row in run.rows):
+      raise UserError(f'{run.folder}: no {key} in metrics.jsonl is a finite number')
     raise UserError(
       f'{run.folder}: metrics.jsonl has no {what} yet; wait for one, or give --loss={other}'
     )

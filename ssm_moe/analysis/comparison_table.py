@@ -79,6 +79,9 @@ def _sentence(entry: dict[str, Any], loss: str, target: float) -> str:
   else:
     at_least = 'at least ' * entry['speedup']['at_least']
     text = f'speed-up {at_least}{entry["speedup"]["tokens"]:.2f} in tokens'
+    never = sum(run['lowest_loss'] > target for run in entry['runs'])
+    if never:
+      text += f', of the mean of its seeds; {never} of {len(entry["runs"])} never got there'
   if not half['known']:
     return text + '.'
   low, high = (f'{half["tokens"][end]:.2f}' for end in ('min', 'max'))

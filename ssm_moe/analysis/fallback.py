@@ -108,7 +108,7 @@ def choose(points: Sequence[Point], tolerance: float) -> Point | None:
 
 
 def report(
-  points: Sequence[Point], *, base_loss: float, tolerance: float, plot: str
+  points: Sequence[Point], base_loss: float, tolerance: float, *, plot: str
 ) -> dict[str, Any]:
   """Chooses a threshold, draws the points to the file `plot`, and returns what is said of them."""
   chosen = choose(points, tolerance)
@@ -126,6 +126,22 @@ def report(
     # 0: no threshold that was tried is cheap enough.
     'chosen_threshold': 0.0 if chosen is None else chosen.threshold,
   }
+
+
+def sentence(points: Sequence[Point], tolerance: float) -> str:
+  """Returns what `report` found, in words."""
+  chosen = choose(points, tolerance)
+  if chosen is None:
+    return f'every fallback threshold that was tried costs more than {tolerance:g} nats a token'
+  text = (
+    f'fallback threshold {chosen.threshold:.4g}: {chosen.fallback_fraction:.1%} of the tokens fall '
+    f'back, and the loss rises by {chosen.loss_rise:.4f} nats a token'
+  )
+  if not chosen.fallback_fraction:
+    return text + '; no threshold that does anything is within the tolerance'
+  if chosen is max(points, key=lambda point: point.threshold):
+    return text + '; it is the largest that was tried'
+  return text
 
 
 def check(config: ModelConfig) -> None:

@@ -142,7 +142,8 @@ def plot_fallback(
     rate = rates[list(thresholds).index(chosen)]
     title = f'Threshold {chosen:.3g}: {rate:.1%} of the tokens fall back'
   axes.plot(100 * rates, rises, color=_BLUE, linewidth=1.6, marker='o', markersize=4)
-  _finish(axes, title, 'rise of the loss [nats per token]', np.zeros((0, 2)))
+  label = 'rise of the loss [nats per token; symlog]'
+  _finish(axes, title, label, np.zeros((0, 2)))
   # Linear up to the tolerance, where the choice is made; beyond, rises are of many magnitudes.
   axes.set_yscale('symlog', linthresh=max(tolerance, 1e-3))
   axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -150,13 +151,17 @@ def plot_fallback(
   place = axes.get_yaxis_transform()
   label = {'xytext': (-4, 3), 'textcoords': 'offset points', 'fontsize': 8, 'color': _GREY}
   axes.annotate(f'tolerance {tolerance:g}', (1, tolerance), xycoords=place, ha='right', **label)
+  last = None
   for rate, rise, threshold in zip(rates, rises, thresholds):
     taken = threshold == chosen
     if taken:
       axes.plot(100 * rate, rise, color=_ORANGE, marker='o', markersize=8, zorder=4)
+    elif last is not None and 100 * (rate - last) < 6:
+      continue  # its label would lie on the one before
+    last = rate
     colour = {'color': _ORANGE, 'weight': 'bold'} if taken else {}
     # At the left edge there is room on the right only.
-    side = {'ha': 'left', 'xytext': (5, 3)} if rate < 0.12 else {'ha': 'right'}
+    side = {'ha': 'left', 'xytext': (5, -11)} if rate < 0.12 else {'ha': 'right'}
     text = label | side | colour
     axes.annotate(f'{threshold:.3g}', (100 * rate, rise), va='bottom', **text)
   axes.set_xlabel('tokens that fall back, mean over layers [%]; beside each point its threshold')

@@ -25,6 +25,7 @@ class Layer(NamedTuple):
     num_experts: E.
     top_k: Columns of its routes: K, or E where experts choose tokens.
     experts_choose: Whether they do.
+    has_fallback: Whether a token may take none of the experts, but what stands in for them.
   """
 
   name: str
@@ -34,6 +35,7 @@ class Layer(NamedTuple):
   num_experts: int
   top_k: int
   experts_choose: bool
+  has_fallback: bool
 
 
 class Traced(NamedTuple):
@@ -151,6 +153,7 @@ class Tracer:
         aux[place.router].expert_load.shape[-1],
         aux[place.router].routes.expert_index.shape[-1],
         place.letter == 'E' and self.config.moe.choice == 'expert',
+        bool(self.config.routing_of(place.letter).fallback_threshold),
       )
       for place in routers_by_depth(aux, self.config)
     ]

@@ -21,18 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from ssm_moe.analysis.documents import Documents, Window
+from ssm_moe.analysis.documents import Window
 from ssm_moe.analysis.routing import Layer, Traced, fallback, routes_of
 from ssm_moe.data.tokenizer import Tokenizer
 from ssm_moe.errors import UserError
-from ssm_moe.layers.router import Routes
-from ssm_moe.models.block import PeriodRoutes
-from ssm_moe.shapes import Int
 
 SUFFIXES = ('.jsonl', '.parquet')
 _KEY = 'ssm_moe_routes'
 _VERSION = 1
-_COLUMNS = ('document', 'position', 'token', 'layer', 'router', 'experts', 'weights')
 Row = dict[str, Any]
 
 
@@ -217,63 +213,3 @@ def _pyarrow(path):
   except ImportError:
     raise UserError(f"{path} needs the package pyarrow: pip install 'ssm_moe[hf]'") from None
   return pyarrow, parquet
-
-
-class Record:
-  """The decisions of a record, to be given back to the model that made them.
-
-  Attributes:
-    path: Where it was read from.
-  """
-
-  def __init__(self, path: str, found: Iterable[Row], documents: Documents, layers: list[Layer]):
-    """Reads all rows.
-
-    Raises:
-      UserError: a row is of no token or layer of these, or one is missing.
-    """
-    self.path = path
-    self._documents, self._layers = documents, layers
-    self._experts = [np.full((documents.num_tokens, la.top_k), -1, np.int32) for la in layers]
-    self._weights = [np.zeros(experts.shape, np.float32) for experts in self._experts]
-    places = {(layer.depth, layer.router): i for i, layer in enumerate(layers)}
-    inputs = [documents.inputs(document).tolist() for document in range(len(documents))]
-    for number, row in enumerate(found, 1):
-      try:
-        document, position, token, depth, router, experts, weights = (row[k] for k in _COLUMNS)
-        place = places[depth, router]
-        layer = layers[place]
-        if document < 0 or position < 0 or inputs[document][position] != token:
-          raise LookupError
-        if not all(0 <= expert <= layer.num_experts for expert in experts):
-          raise LookupError
-        at = documents.starts[document] + position
-        self._experts[place][at], self._weights[place][at] = experts, weights
-      except (LookupError, TypeError, ValueError):
-        raise UserError(f'{path}: row {number} does not fit the model and the input') from None
-    missing = sum(int((experts[:, 0] < 0).sum()) for experts in self._experts)
-    if missing:
-      every = documents.num_tokens * len(layers)
-      raise UserError(f'{path}: {missing} of {every} rows are missing; the record is damaged')
-
-  def routes(self, window: Window, own: PeriodRoutes) -> tuple[PeriodRoutes, int]:
-    """Returns what the record says of a window, and how many of its decisions are not `own`.
-
-    Padding, of which there are no rows, takes `own`.
-    """
-    real = np.flatnonzero(window.real.reshape(-1))
-    at = self._at(window, real)
-    index = {name: np.array(routes.expert_index) for name, routes in own.items()}
-    weights = {name: np.array(routes.combine_weights) for name, routes in own.items()}
-    differing = 0
-    for i, layer in enumerate(self._layers):
-      of_layer = index[layer.router][layer.period], weights[layer.router][layer.period]
-      said = self._experts[i][at].astype(of_layer[0].dtype), self._weights[i][at]
-      differs = (of_layer[0][real] != said[0]) | (of_layer[1][real] != said[1])
-      differing += int(differs.any(axis=1).sum())
-      of_layer[0][real], of_layer[1][real] = said
-    return {name: Routes(index[name], weights[name]) for name in own}, differing
-
-  def _at(self, window: Window, real: Int[np.ndarray, '_']) -> Int[np.ndarray, '_']:
-    document = window.segment_ids.reshape(-1)[real] - 1
-    return self._documents.starts[document] + window.position.reshape(-1)[real]

@@ -106,6 +106,12 @@ def warnings(entry: Entry, baseline: Entry, loss: Loss) -> list[str]:
   if len(set(seeds)) < len(seeds):
     lines.append(f'{entry.name} has runs of the same seed: {seeds}')
   ends = {run.folder: max(row['step'] for row in run.rows) for run in entry.runs}
+  for run in entry.runs:
+    if ends[run.folder] < run.config.train.num_steps:
+      lines.append(
+        f'{run.folder} is not finished: {ends[run.folder]} of {run.config.train.num_steps} steps, '
+        'so its last loss is not what the schedule ends at'
+      )
   if len(set(ends.values())) > 1:
     lines.append(
       f'{entry.name} has runs of different lengths, compared up to the shortest: '

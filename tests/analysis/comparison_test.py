@@ -136,7 +136,8 @@ def test_an_unfinished_seed_is_compared_as_far_as_it_went():
   assert (dense['steps'], dense['tokens']) == (500, 500 * TOKENS_PER_STEP)
   assert dense['final_loss']['mean'] == report['target_loss'] == 1.0 + 4.0 * 500**-0.3
   assert fast['speedup']['steps'] == pytest.approx(2.0)
-  lengths, tokens = report['warnings']
+  unfinished, lengths, tokens = report['warnings']
+  assert unfinished.startswith('runs/dense_1 is not finished: 500 of 1000 steps')
   assert lengths.startswith('dense has runs of different lengths')
   assert tokens.endswith('dense 256,000, fast 512,000')
 

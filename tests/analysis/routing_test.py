@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ssm_moe.analysis import fallback, plots, routing, routing_record
+from ssm_moe.analysis import fallback, plots, replay, routing, routing_record
 from ssm_moe.analysis.documents import Documents, Windows
 from ssm_moe.config import ConfigError, MambaConfig, ModelConfig, MoEConfig, RoMConfig
 from ssm_moe.data.tokenizer import ByteTokenizer
@@ -164,15 +164,16 @@ def test_a_record_gives_the_same_logits_back(tracer, traced, rows, tmp_path, nam
   single = [{**row, 'weights': np.float32(row['weights']).tolist()} for row in rows]
   assert [{**row, 'weights': np.float32(row['weights']).tolist()} for row in found] == single
 
-  record = routing_record.Record(str(path), found, make_windows().documents, tracer.layers)
-  _, differing, runs = run(tracer, traced, lambda window, own: record.routes(window, own.routes))
+  record = replay.Record(str(path), found, make_windows().documents, tracer.layers)
+  _, differing, runs = run(tracer, traced, lambda window, own: record.routes(window, own))
   assert sum(differing) == 0
   assert [tracer.difference(w, own, new) for (w, own), new in zip(traced, runs)] == [0] * len(runs)
   # Another decision in it is found, and moves the logits.
   found[0]['experts'] = [(expert + 1) % 4 for expert in found[0]['experts']]
-  record = routing_record.Record(str(path), found, make_windows().documents, tracer.layers)
-  _, differing, runs = run(tracer, traced, lambda window, own: record.routes(window, own.routes))
-  assert sum(differing) == 1
+  found[1]['dropped'] = [not dropped for dropped in found[1]['dropped']]
+  record = replay.Record(str(path), found, make_windows().documents, tracer.layers)
+  _, differing, runs = run(tracer, traced, lambda window, own: record.routes(window, own))
+  assert sum(differing) == 2
   assert max(tracer.difference(w, own, new) for (w, own), new in zip(traced, runs)) > 0
 
 
@@ -180,19 +181,28 @@ def test_a_record_that_does_not_fit_is_refused(tracer, rows, tmp_path):
   documents = make_windows().documents
 
   def read(found):
-    return routing_record.Record('r', found, documents, tracer.layers)
+    return replay.Record('r', found, documents, tracer.layers)
 
   with pytest.raises(UserError, match=r'r: 1 of \d+ rows are missing'):
     read(rows[1:])
-  for change in (
-    {'token': 3},
-    {'document': 9},
-    {'layer': 7},
-    {'experts': [6, 0]},
-    {'weights': 'x'},
+  for change, message in (
+    ({'token': 3}, 'does not fit'),
+    ({'document': 9}, 'does not fit'),
+    ({'layer': 7}, 'does not fit'),
+    ({'experts': 3}, 'does not fit'),
+    ({'weights': [0.5]}, 'experts, weights and dropped must have 2 entries each'),
+    ({'experts': [7, 0]}, 'experts must be whole numbers from 0 to'),
+    ({'experts': [1.5, 0]}, 'experts must be whole numbers from 0 to'),
+    ({'experts': [4, 0]}, 'expert 4 is the fallback, for all or none'),
+    ({'fallback': True}, 'fallback must be false'),
+    ({'weights': [float('nan'), 0.1]}, 'weights must be finite'),
+    ({'weights': [-0.1, 0.1]}, 'weights must be finite'),
+    ({'dropped': [0, 1]}, 'dropped must be true or false'),
   ):
-    with pytest.raises(UserError, match='r: row 1 does not fit'):
+    with pytest.raises(UserError, match=f'r: row 1:? {message}'):
       read([{**rows[0], **change}, *rows[1:]])
+  with pytest.raises(UserError, match=r'r: row 2: this token and layer are there twice'):
+    read([rows[0], *rows])
   for name, text, message in [
     ('a.jsonl', '{"document": 0}\n', 'no record of routes'),
     ('b.jsonl', '', 'no record of routes'),

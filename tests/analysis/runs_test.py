@@ -14,7 +14,7 @@ def run(folder, *, last=10, data=None, model=None, sample=None, **train):
     data=DataConfig(**(data or {})),
     model=ModelConfig(**(model or {})),
     sample=SampleConfig(**(sample or {})),
-    train=TrainConfig(**train),
+    train=TrainConfig(**{'num_steps': last, **train}),
   )
   return runs.Run(folder=folder, config=config, rows=[{'step': last}])
 
@@ -110,6 +110,7 @@ def test_comparable_runs_raise_no_warning():
 
 def test_equal_seeds_and_unequal_lengths_are_warned_of():
   entry = runs.Entry('x', (run('a'), dataclasses.replace(run('b'), rows=[{'step': 5}])))
-  seeds, lengths = runs.warnings(entry, entry, 'valid')
+  seeds, unfinished, lengths = runs.warnings(entry, entry, 'valid')
+  assert unfinished.startswith('b is not finished: 5 of 10 steps')
   assert seeds == 'x has runs of the same seed: [0, 0]'
   assert lengths.endswith('compared up to the shortest: a 10 steps, b 5 steps')

@@ -34,7 +34,7 @@ compare = _module()
 def write_run(folder, *, speed=1.0, seed=0, evaluations=True, last=400, tail='', **model):
   folder.mkdir(parents=True)
   config = config_lib.ExperimentConfig(
-    model=config_lib.ModelConfig(**model), train=config_lib.TrainConfig(seed=seed)
+    model=config_lib.ModelConfig(**model), train=config_lib.TrainConfig(seed=seed, num_steps=400)
   )
   (folder / 'config.json').write_text(json.dumps(config_lib.to_dict(config)))
   with (folder / 'metrics.jsonl').open('w') as file:
@@ -106,7 +106,8 @@ def test_json_to_a_file_with_warnings_on_standard_error(runs, tmp_path):
   report = json.loads(output.read_text())
   assert [entry['name'] for entry in report['entries']] == ['a', 'other_vocabulary', 'short']
   assert result.stderr.splitlines() == [f'warning: {text}' for text in report['warnings']]
-  vocabulary, tokens = report['warnings']
+  vocabulary, unfinished, tokens = report['warnings']
+  assert unfinished.startswith('short is not finished: 200 of 400 steps')
   assert vocabulary.startswith('config.model.vocab_size is 300 in other_vocabulary and 257 in')
   assert tokens.endswith('a 204,800, other_vocabulary 204,800, short 102,400')
   assert [run['folder'] for run in report['entries'][0]['runs']] == ['dense_seed0', 'dense_seed1']
@@ -117,7 +118,9 @@ def test_json_to_a_file_with_warnings_on_standard_error(runs, tmp_path):
   [
     ([], 'no RUN is given; name at least one'),
     (['dense_seed0', 'absent'], 'absent: there is no such folder; a RUN is a folder that'),
-    (['dense_seed0', '--output=moe'], 'moe: Is a directory'),
+    (['dense_seed0', '--output=moe'], '--output=moe is there already; give another name'),
+    (['dense_seed0', '--plot=x.jpg'], '--plot=x.jpg: the name must end in .png'),
+    (['dense_seed0', 'moe='], 'moe=: it must be NAME=RUN, with something on both sides'),
   ],
 )
 def test_a_mistake_is_one_line(runs, arguments, message):
@@ -175,7 +178,7 @@ def test_runs_are_found_by_path_glob_and_name(runs, monkeypatch):
 
 @pytest.mark.parametrize(
   ('argument', 'message'),
-  [('z*', 'z.: fits no folder'), ('x=z*', 'z.: fits no folder'), ('=moe', 'there is no name')],
+  [('z*', 'z.: fits no folder'), ('x=z*', 'z.: fits no folder'), ('=moe', 'it must be NAME=RUN')],
 )
 def test_arguments_that_name_nothing_are_refused(runs, monkeypatch, argument, message):
   monkeypatch.chdir(runs)

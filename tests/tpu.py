@@ -1,5 +1,6 @@
 """Compiles for TPU slices on a machine without a TPU, by the compiler in the package libtpu."""
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -41,5 +42,16 @@ def compile_for_one(function, *arguments, name: str = 'v5e:2x2') -> jax.stages.C
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), arguments
   )
-  with implementation.compiling_for('tpu'):
+  with implementation.compiling_for('tpu'), without_cache():
     return jax.jit(function).lower(*shapes).compile()
+
+
+@contextlib.contextmanager
+def without_cache():
+  """Compiled code for a TPU can be written to the cache, but not read without one."""
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update('jax_enable_compilation_cache', False)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_compilation_cache', before)

@@ -109,6 +109,21 @@ def test_windows_hold_every_token_once_and_the_state_goes_through_a_document(tra
   assert_close(np.concatenate(parts), np.asarray(whole), rtol=FLOAT32_REORDERED)
 
 
+def test_a_window_that_begins_a_document_begins_with_an_empty_state(tracer):
+  config = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, dispatch='dropless'))
+  dropless = routing.Tracer(tracer._params, config)
+
+  def nats(*texts):
+    documents = Documents(texts, ByteTokenizer())
+    one_pass = dropless.start()
+    windows = list(Windows(documents, lanes=1, length=LENGTH))
+    return np.concatenate([one_pass.run(window).nats[window.real] for window in windows])
+
+  first, second = 'x' * (LENGTH - 1), 'another'  # the first fills a window, with its end-of-text
+  both = nats(first, second)
+  assert_close(both[LENGTH:], nats(second), rtol=FLOAT32_REORDERED)
+
+
 def test_rows_cover_every_token_of_every_document_once_a_layer_and_no_padding(tracer, rows):
   documents = make_windows().documents
   found = sorted((row['document'], row['position'], row['layer']) for row in rows)
@@ -171,10 +186,12 @@ def test_a_record_gives_the_same_logits_back(tracer, traced, rows, tmp_path, nam
   # Another decision in it is found, and moves the logits.
   found[0]['experts'] = [(expert + 1) % 4 for expert in found[0]['experts']]
   found[1]['dropped'] = [not dropped for dropped in found[1]['dropped']]
+  found[-1]['weights'] = [2 * weight for weight in found[-1]['weights']]
   record = replay.Record(str(path), found, make_windows().documents, tracer.layers)
   _, differing, runs = run(tracer, traced, lambda window, own: record.routes(window, own))
-  assert sum(differing) == 2
-  assert max(tracer.difference(w, own, new) for (w, own), new in zip(traced, runs)) > 0
+  assert sum(differing) == 3
+  changed = [tracer.difference(w, own, new) > 0 for (w, own), new in zip(traced, runs)]
+  assert changed[0] and changed[-1]
 
 
 def test_a_record_that_does_not_fit_is_refused(tracer, rows, tmp_path):
@@ -197,6 +214,7 @@ def test_a_record_that_does_not_fit_is_refused(tracer, rows, tmp_path):
     ({'fallback': True}, 'fallback must be false'),
     ({'weights': [float('nan'), 0.1]}, 'weights must be finite'),
     ({'weights': [-0.1, 0.1]}, 'weights must be finite'),
+    ({'weights': [float('inf'), 0.1]}, 'weights must be finite'),
     ({'dropped': [0, 1]}, 'dropped must be true or false'),
   ):
     with pytest.raises(UserError, match=f'r: row 1:? {message}'):

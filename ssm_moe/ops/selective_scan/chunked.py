@@ -22,6 +22,11 @@ float32; interleaved runs on a machine with other work, median (least to most) o
   a plain sum in `_over_time`        290 ms (283 to 319)
   a plain sum in `_over_states`      258 ms (191 to 325): no clear difference
   exp inside the steps               237 ms (212 to 374): no clear difference
+  outputs time first, as on TPU      316 ms (266 to 554), and 258 ms (228 to 327) as here beside it
+
+On a TPU the outputs that the loops carry are time first: with batch first, and one row, the
+compiler copies them whole for each chunk, 18.3 GB in place of 0.9 GB for one row of 4096 tokens and
+4096 channels on a v5e (experiments/estimate_scan.py).
 """
 
 import functools
@@ -30,6 +35,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ssm_moe.ops import implementation
 from ssm_moe.ops.selective_scan.reference import compute_dtype, segment_starts
 from ssm_moe.shapes import Array, Bool, Float, Int
 
@@ -116,17 +122,20 @@ def selective_scan(
     starts=pad(starts, False),
     h0=h0,
   )
-  y, h = _scan(inputs, chunk_size, dt_softplus, dtype)
+  time_first = implementation.platform() == 'tpu'
+  y, h = _scan(inputs, chunk_size, dt_softplus, dtype, time_first)
   return y[:, :length], h
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _scan(inputs: _Inputs, chunk_size: int, dt_softplus: bool, dtype: jnp.dtype):
-  outputs, _ = _scan_forward(inputs, chunk_size, dt_softplus, dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _scan(inputs: _Inputs, chunk_size: int, dt_softplus: bool, dtype: jnp.dtype, time_first: bool):
+  outputs, _ = _scan_forward(inputs, chunk_size, dt_softplus, dtype, time_first)
   return outputs
 
 
-def _scan_forward(inputs: _Inputs, chunk_size: int, dt_softplus: bool, dtype: jnp.dtype):
+def _scan_forward(
+  inputs: _Inputs, chunk_size: int, dt_softplus: bool, dtype: jnp.dtype, time_first: bool
+):
   """Returns (y, last state) and what the backward pass needs: inputs, state before each chunk."""
 
   def run_chunk(carry, index):
@@ -142,16 +151,24 @@ def _scan_forward(inputs: _Inputs, chunk_size: int, dt_softplus: bool, dtype: jn
     y_chunk = _skip(y_chunk, chunk, inputs.D)
     if chunk.z is not None:
       y_chunk = y_chunk * jax.nn.silu(chunk.z)
-    return (h, _store(y, y_chunk, index)), h_start
+    return (h, _store(y, y_chunk, index, time_first)), h_start
 
   A = inputs.A.T.astype(dtype)
   h0 = jnp.swapaxes(inputs.h0, 1, 2).astype(dtype)
   num_chunks = inputs.x.shape[1] // chunk_size
-  (h, y), h_starts = jax.lax.scan(run_chunk, (h0, jnp.zeros_like(inputs.x)), jnp.arange(num_chunks))
-  return (y, jnp.swapaxes(h, 1, 2)), (inputs, h_starts)
+  y = jnp.zeros_like(_carried(inputs.x, time_first))
+  (h, y), h_starts = jax.lax.scan(run_chunk, (h0, y), jnp.arange(num_chunks))
+  return (_carried(y, time_first), jnp.swapaxes(h, 1, 2)), (inputs, h_starts)
 
 
-def _scan_backward(chunk_size: int, dt_softplus: bool, dtype: jnp.dtype, residuals, cotangents):
+def _scan_backward(
+  chunk_size: int,
+  dt_softplus: bool,
+  dtype: jnp.dtype,
+  time_first: bool,
+  residuals,
+  cotangents,
+):
   """Returns the cotangent of `inputs`, None for where the state is reset."""
   inputs, h_starts = residuals
   dy, dh = cotangents
@@ -171,7 +188,7 @@ def _scan_backward(chunk_size: int, dt_softplus: bool, dtype: jnp.dtype, residua
       y = _skip(y, chunk, D)
       sigmoid = jax.nn.sigmoid(chunk.z)
       dz = dy_chunk * y * sigmoid * (1 + chunk.z * (1 - sigmoid))
-      grads = grads._replace(z=_store(grads.z, dz, index))
+      grads = grads._replace(z=_store(grads.z, dz, index, time_first))
       dy_chunk = dy_chunk * chunk.z * sigmoid
 
     u, u_next = _state_cotangents(chunk, dy_chunk, u)
@@ -200,16 +217,18 @@ def _scan_backward(chunk_size: int, dt_softplus: bool, dtype: jnp.dtype, residua
     if inputs.dt_bias is not None:
       grads = grads._replace(dt_bias=grads.dt_bias + jnp.sum(ddt, axis=(0, 1)))
     grads = grads._replace(
-      x=_store(grads.x, dx, index),
-      dt=_store(grads.dt, ddt, index),
+      x=_store(grads.x, dx, index, time_first),
+      dt=_store(grads.dt, ddt, index, time_first),
       A=grads.A + dA,
-      B=_store(grads.B, dB, index),
-      C=_store(grads.C, dC, index),
+      B=_store(grads.B, dB, index, time_first),
+      C=_store(grads.C, dC, index, time_first),
     )
     return (u, grads), None
 
   dh = jnp.swapaxes(dh, 1, 2).astype(dtype)
-  zeros = jax.tree.map(jnp.zeros_like, inputs._replace(starts=None, h0=None))
+  tokens = {name: getattr(inputs, name) for name in ('x', 'dt', 'B', 'C', 'z')}
+  tokens = {name: _carried(v, time_first) for name, v in tokens.items()}
+  zeros = jax.tree.map(jnp.zeros_like, inputs._replace(starts=None, h0=None, **tokens))
   zeros = zeros._replace(
     A=jnp.zeros_like(dh),  # summed over the batch once, at the end
     D=None if D is None else jnp.zeros(D.shape, dtype),
@@ -217,7 +236,8 @@ def _scan_backward(chunk_size: int, dt_softplus: bool, dtype: jnp.dtype, residua
   )
   indices = jnp.arange(len(h_starts))
   (u, grads), _ = jax.lax.scan(run_chunk, (dh, zeros), (indices, h_starts), reverse=True)
-  grads = grads._replace(A=jnp.sum(grads.A, axis=0).T, h0=jnp.swapaxes(u, 1, 2))
+  tokens = {name: _carried(getattr(grads, name), time_first) for name in tokens}
+  grads = grads._replace(A=jnp.sum(grads.A, axis=0).T, h0=jnp.swapaxes(u, 1, 2), **tokens)
   return (
     jax.tree.map(
       lambda gradient, primal: gradient.astype(primal.dtype), grads, inputs._replace(starts=None)
@@ -287,10 +307,15 @@ def _take(v: Array, index: Array, chunk_size: int, dtype: jnp.dtype) -> Array:
   return jnp.swapaxes(v, 0, 1).astype(dtype)
 
 
-def _store(v: Array, chunk: Array, index: Array) -> Array:
-  """Writes a time-first chunk into a [B, L, ...] array that a loop carries, in place."""
-  chunk = jnp.swapaxes(chunk, 0, 1).astype(v.dtype)
-  return jax.lax.dynamic_update_slice_in_dim(v, chunk, index * chunk.shape[1], axis=1)
+def _carried(v: Array | None, time_first: bool) -> Array | None:
+  """Returns a [B, L, ...] array as the loops carry it, or one that they carried as it was."""
+  return v if v is None or not time_first else jnp.swapaxes(v, 0, 1)
+
+
+def _store(v: Array, chunk: Array, index: Array, time_first: bool) -> Array:
+  """Writes a time-first chunk into an array that a loop carries, in place."""
+  chunk, start = _carried(chunk, not time_first).astype(v.dtype), index * len(chunk)
+  return jax.lax.dynamic_update_slice_in_dim(v, chunk, start, axis=0 if time_first else 1)
 
 
 def _over_states(v: Float[Array, 'T B N D'], A: Float[Array, 'N D']) -> Float[Array, 'T B D']:

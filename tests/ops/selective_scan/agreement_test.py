@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ssm_moe.ops import implementation as implementation_lib
 from ssm_moe.ops.selective_scan import api, cases, chunked, pallas_tpu
 from tests.tolerances import BY_DTYPE, assert_close
 
@@ -62,6 +63,19 @@ def test_equals_reference_in_values_and_gradients(case, implementation):
   for name, gradient in gradients.items():
     chex.assert_type(gradient, arguments[name].dtype)
   assert_close(actual, expected, rtol=BY_DTYPE[case.dtype], what=case.name)
+
+
+@pytest.mark.parametrize('name', ['all_129', 'plain_7'])
+def test_chunks_as_they_are_carried_on_a_tpu(name):
+  case = next(case for case in cases.CASES if case.name == name)
+  arguments, cotangents, expected = expected_results(case)
+
+  def time_first(**arguments):
+    with implementation_lib.compiling_for('tpu'):
+      return chunked.selective_scan(**arguments)
+
+  actual = value_and_gradients(time_first, arguments, cotangents)
+  assert_close(actual, expected, rtol=BY_DTYPE[case.dtype])
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ _TEST = [
   'beartype',
   'chex',
   'hypothesis',
+  'jax[tpu]; platform_system == "Linux"',  # brings the TPU compiler, which needs no TPU
   'pytest',
   'pytest-xdist',
   'ruff',

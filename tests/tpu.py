@@ -3,21 +3,20 @@
 import contextlib
 import functools
 import importlib.util
-import os
 
 import jax
 import pytest
-from jax.experimental import topologies
 
+from ssm_moe.analysis import chips
 from ssm_moe.ops import implementation
 
 # For all tests of a module: pytestmark = tpu.MARKS
-MARKS = (
+MARKS = [
   pytest.mark.tpu_aot,
   pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason='libtpu has no wheel for this Python'
   ),
-)
+]
 
 
 def needs_compiler(test):
@@ -30,10 +29,7 @@ def needs_compiler(test):
 @functools.cache
 def devices(name: str = 'v5e:2x2') -> tuple[jax.Device, ...]:
   """Returns the devices of a slice; they can be compiled for, and hold no data."""
-  # No queries of the metadata server of a TPU machine; and several test processes at once.
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  return tuple(topologies.get_topology_desc(platform='tpu', topology_name=name).devices)
+  return tuple(chips.devices(name))
 
 
 def compile_for_one(function, *arguments, name: str = 'v5e:2x2') -> jax.stages.Compiled:
@@ -42,7 +38,7 @@ def compile_for_one(function, *arguments, name: str = 'v5e:2x2') -> jax.stages.C
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), arguments
   )
-  with implementation.compiling_for('tpu'), without_cache():
+  with implementation.compiling_for('tpu'), implementation.on_devices(1), without_cache():
     return jax.jit(function).lower(*shapes).compile()
 
 

@@ -8,14 +8,14 @@ batch filled up with rows that are not scored.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ssm_moe.config import DataConfig
 from ssm_moe.data import DataError
 from ssm_moe.data.packing import DocumentStream, Row, empty_row, pad
-from ssm_moe.data.pipeline import Batch, describe_source, find_tokenizer, process_rows, stack_rows
+from ssm_moe.data.pipeline import Batch, describe_source, find_tokenizer, stack_rows
 from ssm_moe.data.sources import TextSource, open_sources
 from ssm_moe.data.synthetic import SyntheticTask
 from ssm_moe.data.tokenizer import Tokenizer
@@ -47,8 +47,7 @@ class EvalBatches:
     vocab_size: int,
     cache_dir: str | os.PathLike,
     eval_tokens: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
   ):
     """Opens the sources, tokenising those that need it.
 
@@ -60,14 +59,13 @@ class EvalBatches:
       cache_dir: Where folders of tokens are kept, unless `config` says.
       eval_tokens: At most this many tokens in whole documents, but at least one document of each
         source; shared among the sources by their size. All if None.
-      process_index: Which share of each batch is returned.
-      process_count: Number of shares.
+      rows: Which rows of each batch this process reads; all of them if None.
 
     Raises:
-      DataError: a source cannot be opened, the batch cannot be shared evenly, or all documents are
+      DataError: a source cannot be opened, or all documents are
         empty.
     """
-    self._rows_of_process = process_rows(batch_size, process_index, process_count)
+    self._rows_of_process = range(batch_size) if rows is None else rows
     self._batch_size = batch_size
     self._length = sequence_length
     self.sources = open_sources(config, 'valid', vocab_size=vocab_size, cache_dir=cache_dir)

@@ -10,7 +10,7 @@ With `carry_state` the rows come from lanes instead (`packing.Lanes`), with the 
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -50,8 +50,7 @@ class TrainBatches:
     seed: int,
     vocab_size: int,
     cache_dir: str | os.PathLike,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
   ):
     """Opens the sources, tokenising those that need it.
 
@@ -62,14 +61,13 @@ class TrainBatches:
       seed: Decides the order of the windows and the synthetic examples.
       vocab_size: Of the model.
       cache_dir: Where folders of tokens are kept, unless `config` says.
-      process_index: Which share of each batch `batch` returns.
-      process_count: Number of shares.
+      rows: Which rows of each batch this process reads; all of them if None.
 
     Raises:
       DataError: a source cannot be opened, or is shorter than one window (with `carry_state`, than
-        one batch); the batch cannot be shared evenly; the mixture has no weights.
+        one batch); the mixture has no weights.
     """
-    self._rows_of_process = process_rows(batch_size, process_index, process_count)
+    self._rows_of_process = range(batch_size) if rows is None else rows
     self._batch_size = batch_size
     self._length = sequence_length
     self._prefetch = config.prefetch
@@ -190,20 +188,6 @@ def _normalise_weights(config: DataConfig, sources: tuple[Source, ...]) -> list[
       source.folder.num_tokens if isinstance(source, TextSource) else 1 for source in sources
     ]
   return [weight / sum(weights) for weight in weights]
-
-
-def process_rows(batch_size: int, process_index: int, process_count: int) -> range:
-  """Returns which rows of a global batch a process reads: a contiguous share.
-
-  Raises:
-    DataError: the rows cannot be shared evenly.
-  """
-  share, rest = divmod(batch_size, process_count)
-  if rest:
-    raise DataError(
-      f'batch_size is {batch_size}; it must be a multiple of the {process_count} processes'
-    )
-  return range(process_index * share, (process_index + 1) * share)
 
 
 def stack_rows(rows: list[Row], continues: list[bool]) -> Batch:

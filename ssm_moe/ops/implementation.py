@@ -16,6 +16,7 @@ from absl import logging
 Supports = Callable[[], str | None]
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar('platform', default=None)
+_DEVICES: contextvars.ContextVar[int | None] = contextvars.ContextVar('devices', default=None)
 
 
 def platform() -> str:
@@ -34,6 +35,37 @@ def compiling_for(target: str) -> Iterator[None]:
     yield
   finally:
     _PLATFORM.reset(token)
+
+
+@contextlib.contextmanager
+def on_devices(number: int) -> Iterator[None]:
+  """The code that is traced meanwhile is a program for so many devices.
+
+  `jax.jit` learns of layouts after the trace, too late to choose an implementation: whoever knows
+  the mesh says so inside the traced function.
+  """
+  token = _DEVICES.set(number)
+  try:
+    yield
+  finally:
+    _DEVICES.reset(token)
+
+
+def on_one_device() -> bool:
+  """Returns whether the arrays that are being traced are known to lie whole on one device.
+
+  They do inside `jax.shard_map` over all axes of its mesh; in a program for one device, as
+  `on_devices` or the ambient mesh of `jax.set_mesh` tells; and where there is but one.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.manual_axes:  # some axes alone do not do: the others are split by the compiler
+    return set(mesh.manual_axes) == set(mesh.axis_names)
+  number = _DEVICES.get()
+  if number is None and not mesh.empty:
+    number = mesh.size
+  if number is None and platform() == jax.default_backend():
+    number = jax.device_count()
+  return number == 1
 
 
 def select(op: str, implementation: str, candidates: Mapping[str, Supports]) -> str:

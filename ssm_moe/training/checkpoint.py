@@ -10,8 +10,10 @@ checksum in it, is on disk, and if Orbax finds every array in it. A kill before 
 this save only: older checkpoints are removed after it. Orbax alone restores flipped bits without a
 word, hence the checksums.
 
-The directory is on a POSIX file system, and one process writes to it; others may read meanwhile.
-Nothing else in this project knows Orbax, but for `orbax_noise`.
+The directory is on a POSIX file system, and one run writes to it; others may read meanwhile. If
+several processes train together, all of them call `save`, `wait` and `restore`: each writes and
+reads the arrays of its devices, process 0 decides and publishes, and what fails in one raises in
+all. Nothing else in this project knows Orbax, but for `orbax_noise`.
 """
 
 import concurrent.futures
@@ -34,7 +36,7 @@ from absl import logging
 from ssm_moe.config import ExperimentConfig, to_dict
 from ssm_moe.errors import UserError
 from ssm_moe.shapes import PyTree
-from ssm_moe.training import durable, orbax_noise
+from ssm_moe.training import distributed, durable, orbax_noise
 from ssm_moe.training import manifest as manifest_lib
 
 _STATE = 'state'
@@ -147,14 +149,21 @@ class Checkpointer:
     # A copy, and a refusal of what JSON cannot hold, before anything is touched.
     manifest = json.loads(manifest_lib.encode(manifest))
     folder = self._folder(step)
-    with _saving(folder):
-      self._clean()
-      if step in self.steps():
-        manifest['files'] = manifest_lib.read(folder)['files']
-        manifest_lib.write(folder, manifest)
-        return
-      unfinished = self._folder(step, _UNFINISHED)
-      unfinished.mkdir(parents=True)
+    unfinished = self._folder(step, _UNFINISHED)
+
+    def prepare() -> bool:
+      with _saving(folder):
+        self._clean()
+        if step in self.steps():
+          manifest['files'] = manifest_lib.read(folder)['files']
+          manifest_lib.write(folder, manifest)
+          return False
+        unfinished.mkdir(parents=True)
+        return True
+
+    if not distributed.on_first(prepare):
+      return
+    with distributed.agreed(), _saving(folder):
       # Orbax refuses arrays without elements; the template alone can make them again.
       arrays = {name: array for name, array in arrays.items() if array.size}
       self._orbax.save(unfinished / _STATE, args=ocp.args.PyTreeSave(arrays))
@@ -162,14 +171,18 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Waits until the save under way is published; raises its SaveError once."""
+    with distributed.agreed():
+      self._wait_here()
+
+  def _wait_here(self) -> None:
     pending, self._pending = self._pending, None
     if pending is not None:
       pending.result()
 
   def close(self) -> None:
-    """Waits as `wait` does, and ends the background threads."""
+    """Waits as `wait` does, and ends the background threads; without a word to other processes."""
     try:
-      self.wait()
+      self._wait_here()
     finally:
       self._finaliser.shutdown()
       # What it raises once more has come out of `save` or `wait`.
@@ -200,18 +213,25 @@ class Checkpointer:
         raise ValueError(f'template: {name} has no sharding')
     skipped: dict[int, str] = {}
     # Listed again after each failure: a run that is training may publish and remove meanwhile.
-    while steps := [step for step in self._published() if step not in skipped]:
-      folder = self._folder(steps[-1])
+    while True:
+      step = distributed.on_first(
+        lambda: max((step for step in self._published() if step not in skipped), default=None)
+      )
+      if step is None:
+        break
+      folder = self._folder(step)
       try:
-        manifest = manifest_lib.read(folder)
-        if manifest['step'] != steps[-1]:
-          raise manifest_lib.DamagedError(f'holds step {manifest["step"]}')
-        changes = self._check_config(folder, manifest)
-        manifest_lib.check_files(folder, manifest, checksums=True)
-        _check_arrays(folder, manifest, targets, partial)
-        state = _restore_arrays(self._orbax, folder / _STATE, targets)
+        with distributed.agreed(manifest_lib.DamagedError):
+          manifest = manifest_lib.read(folder)
+          if manifest['step'] != step:
+            raise manifest_lib.DamagedError(f'holds step {manifest["step"]}')
+          changes = self._check_config(folder, manifest)
+          manifest_lib.check_files(folder, _share_of_files(manifest), checksums=True)
+          _check_arrays(folder, manifest, targets, partial)
+        with distributed.agreed(manifest_lib.DamagedError):
+          state = _restore_arrays(self._orbax, folder / _STATE, targets)
       except manifest_lib.DamagedError as reason:
-        skipped[steps[-1]] = f'{folder.name}: {reason}'
+        skipped[step] = f'{folder.name}: {reason}'
         logging.warning('%s: checkpoint skipped: %s', folder, reason)
         continue
       self._damaged = set(skipped)
@@ -252,7 +272,10 @@ class Checkpointer:
   def _finalise(self, unfinished: pathlib.Path, folder: pathlib.Path, manifest: dict) -> None:
     try:
       with _saving(folder):
+        # Of all processes: each waits for the others at the end of a save.
         self._orbax.wait_until_finished()
+        if not distributed.is_first():
+          return
         self._check_written(unfinished / _STATE, manifest['arrays'])
         manifest['files'] = manifest_lib.list_files(unfinished)
         manifest_lib.write(unfinished, manifest)
@@ -262,8 +285,9 @@ class Checkpointer:
         durable.sync(self._directory)
         self._prune()
     except SaveError:
-      # The disk may be full.
-      shutil.rmtree(unfinished, ignore_errors=True)
+      if distributed.is_first():
+        # The disk may be full.
+        shutil.rmtree(unfinished, ignore_errors=True)
       raise
 
   def _check_written(self, path: pathlib.Path, arrays: dict[str, Any]) -> None:
@@ -340,6 +364,12 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
       raise ValueError(f'two arrays of the state have the same path, {name}')
     leaves[name] = leaf
   return leaves
+
+
+def _share_of_files(manifest: dict[str, Any]) -> dict[str, Any]:
+  """Returns the manifest with the files that this process is to look at."""
+  files = list(manifest['files'].items())[jax.process_index() :: jax.process_count()]
+  return manifest | {'files': dict(files)}
 
 
 def _describe(array: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class EventFile:
     # TensorBoard reads the files of a folder in the order of their names.
     name = (
       f'events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}'
-      f'.{next(_count)}'
+      f'.{next(_count):06d}'
     )
     self._file = (directory / name).open('xb')
     self._write(event_pb2.Event(file_version='brain.Event:2'))

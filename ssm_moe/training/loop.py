@@ -1,16 +1,17 @@
 """Trains a model from its config to its report: mesh, data, model, restore, steps, evaluations.
 
-Who may use a folder is in `workdir`; what a step computes is in `step`.
+Who may use a folder is in `workdir`; what a step computes is in `step`; what processes that train
+together tell each other is in `distributed`.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import math
 import pathlib
-import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from ssm_moe import sharding
 from ssm_moe.config import ConfigError, ExperimentConfig, to_dict
@@ -19,13 +20,15 @@ from ssm_moe.data.pipeline import TrainBatches
 from ssm_moe.data.sources import check_sources
 from ssm_moe.errors import UserError
 from ssm_moe.models import accounting, lm
-from ssm_moe.training import durable, report
+from ssm_moe.training import distributed, durable, report
+from ssm_moe.training import profile as profile_lib
 from ssm_moe.training import step as step_lib
 from ssm_moe.training import workdir as workdir_lib
 from ssm_moe.training.checkpoint import Checkpointer
 from ssm_moe.training.metrics import MetricsLogger, read_metrics
 from ssm_moe.training.optimizer import make_schedule
 from ssm_moe.training.program import Program
+from ssm_moe.training.progress import NotFiniteError, Progress, Window
 from ssm_moe.training.signals import StopSignals
 
 
@@ -35,35 +38,19 @@ class TrainingError(UserError):
   exit_status = 1
 
 
-class _NotFiniteError(Exception):
-  """Which loss is not finite, and at which step."""
-
-
-@dataclasses.dataclass
-class Progress:
-  """How far a run is; kept in its checkpoints.
-
-  Attributes:
-    step: Steps done; also the position in the data, whose every row is a function of it.
-    tokens: Trained on.
-    seconds: Spent on training steps: without compilation, evaluation and saving.
-    train_loss: Of the last row of metrics: the mean over the steps since the row before.
-    losses: Of the steps since the last row.
-    row_seconds: `seconds` at the last row.
-  """
-
-  step: int = 0
-  tokens: int = 0
-  seconds: float = 0.0
-  train_loss: float | None = None
-  losses: list[float] = dataclasses.field(default_factory=list)
-  row_seconds: float = 0.0
-
-
-def train_and_evaluate(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict | None:
+def train_and_evaluate(
+  config: ExperimentConfig, workdir: str | pathlib.Path, *, profile_steps: str | None = None
+) -> dict | None:
   """Runs the experiment of `config`, or what is left of it, in `workdir`.
 
-  A folder with checkpoints is gone on from; a finished run is only evaluated again.
+  A folder with checkpoints is gone on from; a finished run is only evaluated again. Of several
+  processes each must call this, with a folder that all of them see; process 0 alone writes what is
+  reported.
+
+  Args:
+    config: Of the experiment.
+    workdir: Where logs and checkpoints go.
+    profile_steps: START:STOP, the steps that a trace in `workdir`/profile is of; see `profile`.
 
   Returns:
     final_step, train_loss, valid_loss, valid_bits_per_byte, tokens_per_second, workdir; None if a
@@ -74,6 +61,8 @@ def train_and_evaluate(config: ExperimentConfig, workdir: str | pathlib.Path) ->
     TrainingError: the loss is no longer finite.
     SaveError or OSError: what the run writes cannot be written, on a full disk say.
   """
+  profiled = profile_lib.parse_steps(profile_steps, config.train.num_steps)
+  distributed.check_same(config=_digest(config), workdir=str(workdir))
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
   _check_batch(config, mesh)
@@ -84,23 +73,37 @@ def train_and_evaluate(config: ExperimentConfig, workdir: str | pathlib.Path) ->
       workdir / 'checkpoints', config=to_dict(config), keep_last=config.train.keep_checkpoints
     ) as checkpointer,
   ):
-    if not checkpointer.steps():
-      workdir_lib.check_own(workdir)
-    train_data, eval_data = _open_data(config, workdir)
+    distributed.on_first(lambda: checkpointer.steps() or workdir_lib.check_own(workdir))
+    train_data, eval_data = _open_data(config, workdir, mesh)
     program = Program(config, mesh)
     # Not sooner: Ctrl-C in the work above has nothing to save.
     with StopSignals() as stop:
       state, progress, notes = _restore_or_init(config, workdir, program, checkpointer)
       if progress.step < config.train.num_steps:
         # Else the config in the folder stays that of the run which ended there.
-        workdir_lib.write_config(workdir, config)
-      with MetricsLogger(
-        workdir, first_step=progress.step, total_steps=config.train.num_steps
-      ) as metrics:
+        distributed.on_first(lambda: workdir_lib.write_config(workdir, config))
+      with _open_metrics(config, workdir, progress) as metrics:
         metrics.say(report.banner(config, mesh, workdir, train_data, eval_data, progress.step))
         for note in notes:
           metrics.say(note)
-        run = _Run(config, workdir, program, train_data, eval_data, checkpointer, metrics, stop)
+        with distributed.agreed():
+          profile = profile_lib.StepProfile(
+            workdir / 'profile',
+            profiled if distributed.is_first() else range(0),
+            first_step=progress.step + 1,
+            say=metrics.say,
+          )
+        run = _Run(
+          config,
+          workdir,
+          program,
+          train_data,
+          eval_data,
+          checkpointer,
+          metrics,
+          distributed.StopVote(stop),
+          profile,
+        )
         return run.run(state, progress)
 
 
@@ -115,12 +118,14 @@ class _Run:
     train_data: TrainBatches,
     eval_data: EvalBatches,
     checkpointer: Checkpointer,
-    metrics: MetricsLogger,
-    stop: StopSignals,
+    metrics: 'MetricsLogger | _NoMetrics',
+    stop: distributed.StopVote,
+    profile: profile_lib.StepProfile,
   ):
     self._config, self._workdir, self._program = config, workdir, program
     self._train_data, self._eval_data = train_data, eval_data
-    self._checkpointer, self._metrics, self._stop = checkpointer, metrics, stop
+    self._checkpointer, self._metrics = checkpointer, metrics
+    self._stop, self._profile = stop, profile
     self._schedule = make_schedule(config.optimizer, config.train.num_steps)
     self._alarm = report.ExpertAlarm()
     account = accounting.account(config.model, config.train.sequence_length)
@@ -130,16 +135,21 @@ class _Run:
     """Trains, evaluates and reports; returns the summary, or None if a signal came before it."""
     try:
       state, evaluation = self.train(state, progress)
-      summary = None if self._stop.requested else self.finish(state, progress, evaluation)
-    except _NotFiniteError as error:
+      summary = None if self._stop.poll() else self.finish(state, progress, evaluation)
+    except NotFiniteError as error:
       self._checkpointer.wait()
       step = self._checkpointer.latest_step()
       kept = 'there is no checkpoint' if step is None else f'the checkpoint of step {step} is kept'
       raise TrainingError(f'{error}; {kept}; try a lower learning rate') from None
+    except jax.errors.JaxRuntimeError as error:
+      if jax.process_count() == 1:
+        raise
+      # Most often another process is gone, and has told why; here it is a broken connection.
+      raise TrainingError(f'step {progress.step}: {str(error).splitlines()[0]}') from error
     if summary is None:
       self._checkpointer.wait()
       self._metrics.say(
-        f'{self._stop.requested}: step {progress.step} is saved in {self._workdir}; '
+        f'{self._stop.poll()}: step {progress.step} is saved in {self._workdir}; '
         'the same command goes on from there'
       )
     return summary
@@ -156,7 +166,7 @@ class _Run:
       The state, and the evaluation of the last step if there was one.
 
     Raises:
-      _NotFiniteError: a loss is not finite; names the step.
+      NotFiniteError: a loss is not finite; names the step.
     """
     train = self._config.train
     evaluation = None
@@ -172,19 +182,27 @@ class _Run:
       ahead = self._program.put(next(batches))
       self._metrics.say('compiling ...')
       train_step = self._program.compile_train_step(state, ahead)
-      window = _Window(self._write_row, progress, train)
+      window = Window(self._write_row, progress, train)
       stop = False
       while progress.step < train.num_steps and not stop:
-        with jax.transfer_guard('disallow'):
+        step = progress.step + window.pending + 1
+        if self._profile.starts_before(step):
+          window.flush()
+          self._profile.start()
+          window.restart_clock()
+        with jax.transfer_guard('disallow'), self._profile.step(step):
           state, step_metrics = train_step(state, ahead)
         ahead = self._program.put(next(batches))
         window.add(step_metrics)
-        step = progress.step + window.pending
+        if self._profile.ends_after(step):
+          window.flush()
+          self._profile.stop(step)
+          window.restart_clock()
         last = step == train.num_steps
         evaluate = self._evaluation_is_due(step)
         save = last or step % train.checkpoint_every == 0
         # Looked at once a step: the loop must not end at a signal that nothing was saved for.
-        stop = bool(self._stop.requested)
+        stop = bool(self._stop.poll())
         if evaluate or save or stop:
           window.flush()
           evaluation = self._evaluate(state, progress) if evaluate else None
@@ -196,6 +214,7 @@ class _Run:
           window.restart_clock()
     finally:
       batches.close()
+      self._profile.stop(progress.step)
     return state, evaluation
 
   def _evaluation_is_due(self, step: int) -> bool:
@@ -206,8 +225,12 @@ class _Run:
     """Whether a signal came in the evaluation of the restored step, before its row was written."""
     if not progress.step or not self._evaluation_is_due(progress.step):
       return False
-    rows = read_metrics(self._workdir / 'metrics.jsonl')
-    return not any(row['step'] == progress.step and 'valid_loss' in row for row in rows)
+
+    def is_missing() -> bool:
+      rows = read_metrics(self._workdir / 'metrics.jsonl')
+      return not any(row['step'] == progress.step and 'valid_loss' in row for row in rows)
+
+    return distributed.on_first(is_missing)
 
   def finish(
     self, state: step_lib.TrainState, progress: Progress, evaluation: report.Evaluation | None
@@ -222,11 +245,15 @@ class _Run:
     if evaluation is None:
       return None
     self._checkpointer.wait()
-    report.draw(self._workdir, self._config.model, evaluation)
     sample = report.sample(self._config, state.params, self._train_data.tokenizer)
-    if sample is not None:
-      with durable.naming('standard output'):
-        print(sample, flush=True)
+
+    def publish() -> None:
+      report.draw(self._workdir, self._config.model, evaluation)
+      if sample is not None:
+        with durable.naming('standard output'):
+          print(sample, flush=True)
+
+    distributed.on_first(publish)
     return self._summary(progress, evaluation)
 
   def _summary(self, progress: Progress, evaluation: report.Evaluation) -> dict:
@@ -254,7 +281,7 @@ class _Run:
   ) -> report.Evaluation | None:
     sums = None
     for batch in self._eval_data:
-      if self._stop.requested:
+      if self._stop.poll():
         return None
       of_batch = self._program.eval_step(state.params, self._program.put(batch))
       sums = of_batch if sums is None else jax.tree.map(jax.numpy.add, sums, of_batch)
@@ -262,7 +289,7 @@ class _Run:
       jax.device_get(sums), self._config.model, num_bytes=self._eval_data.num_bytes
     )
     if not math.isfinite(evaluation.loss):
-      raise _NotFiniteError(f'step {progress.step}: the validation loss is {evaluation.loss}')
+      raise NotFiniteError(f'step {progress.step}: the validation loss is {evaluation.loss}')
     return evaluation
 
   def _check_loss(
@@ -275,7 +302,7 @@ class _Run:
     """
     nats = float(self._program.eval_step(state.params, batch).nats)
     if not math.isfinite(nats):
-      raise _NotFiniteError(f'step {progress.step + 1}: the loss is {nats}')
+      raise NotFiniteError(f'step {progress.step + 1}: the loss is {nats}')
 
   def _save(
     self,
@@ -317,54 +344,6 @@ class _Run:
     self._metrics.write(row, **routing.loads())
 
 
-class _Window:
-  """The steps since the last row of metrics: their losses and their time."""
-
-  def __init__(self, write_row, progress: Progress, train):
-    self._write_row, self._progress, self._train = write_row, progress, train
-    self._tokens_per_step = train.batch_size * train.sequence_length
-    self._waiting: step_lib.StepMetrics | None = None
-    self._clock = time.perf_counter()
-
-  @property
-  def pending(self) -> int:
-    """Steps dispatched whose metrics have not been fetched."""
-    return int(self._waiting is not None)
-
-  def add(self, metrics: step_lib.StepMetrics) -> None:
-    """Takes the metrics of a step just dispatched, and fetches those of the step before."""
-    self.flush()
-    self._waiting = metrics
-
-  def flush(self) -> None:
-    """Waits for the step in flight, counts it, and writes a row if one is due."""
-    if self._waiting is None:
-      return
-    metrics, self._waiting = jax.device_get(self._waiting), None
-    progress = self._progress
-    if not (np.isfinite(metrics.loss) and np.isfinite(metrics.gradient_norm)):
-      raise _NotFiniteError(
-        f'step {progress.step + 1}: the loss is {metrics.loss} and the gradient norm '
-        f'{metrics.gradient_norm}'
-      )
-    now = time.perf_counter()
-    progress.seconds += now - self._clock
-    self._clock = now
-    progress.step += 1
-    progress.tokens += self._tokens_per_step
-    progress.losses.append(float(metrics.loss))
-    if progress.step % self._train.log_every == 0 or progress.step == self._train.num_steps:
-      progress.train_loss = float(np.mean(progress.losses))
-      seconds = progress.seconds - progress.row_seconds
-      speed = len(progress.losses) * self._tokens_per_step / seconds
-      progress.losses, progress.row_seconds = [], progress.seconds
-      self._write_row(progress, metrics, speed)
-
-  def restart_clock(self) -> None:
-    """Leaves out the time since the last step."""
-    self._clock = time.perf_counter()
-
-
 def _check_batch(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
   train, devices = config.train, sharding.batch_divisor(mesh)
   rows = train.batch_size // train.accumulation_steps
@@ -382,7 +361,22 @@ def _check_batch(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
       )
 
 
-def _open_data(config: ExperimentConfig, workdir: pathlib.Path) -> tuple[TrainBatches, EvalBatches]:
+def _open_data(
+  config: ExperimentConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> tuple[TrainBatches, EvalBatches]:
+  rows = distributed.local_rows(sharding.batch_sharding(mesh), config.train.batch_size)
+  # One process tokenises, and the others find the result, if they look for it in the same place.
+  for turn in (True, False):
+    with distributed.agreed():
+      if distributed.is_first() == turn:
+        data = _open_share(config, workdir, rows)
+  return data
+
+
+def _open_share(
+  config: ExperimentConfig, workdir: pathlib.Path, rows: list[int]
+) -> tuple[TrainBatches, EvalBatches]:
+  """Opens the data for a process that reads `rows` of each batch."""
   # Both lists, before the one or the other is tokenised.
   check_sources(config.data, vocab_size=config.model.vocab_size)
   shared = {
@@ -390,11 +384,33 @@ def _open_data(config: ExperimentConfig, workdir: pathlib.Path) -> tuple[TrainBa
     'sequence_length': config.train.sequence_length,
     'vocab_size': config.model.vocab_size,
     'cache_dir': workdir / 'tokens',
-    'process_index': jax.process_index(),
-    'process_count': jax.process_count(),
+    'rows': rows,
   }
   eval_data = EvalBatches(config.data, eval_tokens=config.train.eval_tokens, **shared)
   return TrainBatches(config.data, seed=config.train.seed, **shared), eval_data
+
+
+class _NoMetrics:
+  """Of a process whose metrics are those of process 0."""
+
+  def write(self, row: dict[str, Any], **_: Any) -> None:
+    pass
+
+  def say(self, text: str) -> None:
+    pass
+
+
+def _open_metrics(
+  config: ExperimentConfig, workdir: pathlib.Path, progress: Progress
+) -> contextlib.AbstractContextManager:
+  with distributed.agreed():
+    if not distributed.is_first():
+      return contextlib.nullcontext(_NoMetrics())
+    return MetricsLogger(workdir, first_step=progress.step, total_steps=config.train.num_steps)
+
+
+def _digest(config: ExperimentConfig) -> str:
+  return hashlib.sha256(repr(config).encode()).hexdigest()
 
 
 def _restore_or_init(
@@ -403,7 +419,8 @@ def _restore_or_init(
   """Returns the state and progress to go on from, and what to tell the user of it."""
   restored = checkpointer.restore(program.template)
   if restored is None:
-    return program.init_state(), Progress(), workdir_lib.set_aside(workdir)
+    notes = distributed.on_first(lambda: workdir_lib.set_aside(workdir))
+    return program.init_state(), Progress(), notes
   if restored.step > config.train.num_steps:
     raise ConfigError(
       f'config.train.num_steps is {config.train.num_steps}; the run in {workdir} is at step '

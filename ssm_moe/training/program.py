@@ -1,19 +1,29 @@
 """The compiled functions of a run: what is built once from a config and a mesh."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from ssm_moe import sharding
 from ssm_moe.config import ExperimentConfig
+from ssm_moe.ops import implementation
 from ssm_moe.training import step as step_lib
 from ssm_moe.training.optimizer import make_optimizer
 
 
 class Program:
-  """The compiled functions of a run and the layouts of their arrays."""
+  """The compiled functions of a run and the layouts of their arrays.
+
+  Attributes:
+    state_shardings: Layout of each array of a `TrainState`.
+    template: A `TrainState` of shapes with their layouts.
+    batch_template: Likewise a batch.
+  """
 
   def __init__(self, config: ExperimentConfig, mesh: jax.sharding.Mesh):
     self._optimizer = make_optimizer(config.optimizer, config.train.num_steps)
@@ -27,15 +37,19 @@ class Program:
       self.state_shardings,
     )
     self._batch_sharding = sharding.batch_sharding(mesh)
+    self.batch_template = {
+      name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch_sharding)
+      for name, (shape, dtype) in _batch_shapes(config).items()
+    }
     whole = sharding.replicated(mesh)
     self._train_step = jax.jit(
-      step_lib.make_train_step(config, self._optimizer),
+      _for_mesh(step_lib.make_train_step(config, self._optimizer), mesh),
       donate_argnums=0,
       in_shardings=(self.state_shardings, self._batch_sharding),
       out_shardings=(self.state_shardings, whole),
     )
     self.eval_step = jax.jit(
-      step_lib.make_eval_step(config),
+      _for_mesh(step_lib.make_eval_step(config), mesh),
       in_shardings=(self.state_shardings.params, self._batch_sharding),
       out_shardings=whole,
     )
@@ -52,4 +66,33 @@ class Program:
 
   def compile_train_step(self, state: step_lib.TrainState, batch: step_lib.Batch):
     """Compiles ahead of the first step, so that no step's time has it in."""
-    return self._train_step.lower(state, batch).compile()
+    return self.lower_train_step(state, batch).compile()
+
+  def lower_train_step(
+    self, state: step_lib.TrainState, batch: step_lib.Batch
+  ) -> jax.stages.Lowered:
+    """Traces the training step; `template` and `batch_template` will do, without any array."""
+    return self._train_step.lower(state, batch)
+
+
+def _for_mesh(function: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+  """Lets the ops that are traced in `function` know how many devices it is for."""
+
+  @functools.wraps(function)
+  def traced(*arguments):
+    with implementation.on_devices(mesh.size):
+      return function(*arguments)
+
+  return traced
+
+
+def _batch_shapes(config: ExperimentConfig) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
+  rows, length = config.train.batch_size, config.train.sequence_length
+  tokens = ((rows, length), jnp.dtype(jnp.int32))
+  return {
+    'inputs': tokens,
+    'targets': tokens,
+    'segment_ids': tokens,
+    'loss_mask': ((rows, length), jnp.dtype(jnp.float32)),
+    'continues': ((rows,), jnp.dtype(jnp.bool_)),
+  }

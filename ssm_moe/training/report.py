@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ssm_moe.analysis import plots
 from ssm_moe.analysis.balance import routing_statistics
@@ -145,6 +146,7 @@ def banner(
   train = config.train
   tokens_per_step = train.batch_size * train.sequence_length
   axes = ', '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1)
+  processes = f', {jax.process_count()} processes' if jax.process_count() > 1 else ''
   device = mesh.devices.flat[0]
   epochs = train_data.num_tokens_per_epoch
   passes = f', {tokens_per_step * train.num_steps / epochs:.2f} epochs' if epochs else ''
@@ -156,7 +158,8 @@ def banner(
     f'{config.model.dtype}',
     f'steps    {first_step} done of {train.num_steps}, {train.batch_size} x '
     f'{train.sequence_length} tokens each: {tokens_per_step * train.num_steps:,} tokens{passes}',
-    f'devices  {mesh.devices.size} x {device.device_kind}' + (f' ({axes})' if axes else ''),
+    f'devices  {mesh.devices.size} x {device.device_kind}{processes}'
+    + (f' ({axes})' if axes else ''),
     *(f'train    {line}' for line in train_data.describe().splitlines()),
     *(f'valid    {line}' for line in eval_data.describe().splitlines()),
     f'workdir  {workdir}',
@@ -187,7 +190,8 @@ def sample(config: ExperimentConfig, params: PyTree, tokenizer: Tokenizer | None
     num_tokens=settings.num_tokens,
     temperature=settings.temperature,
   )
-  written = [int(token) for token in np.asarray(tokens[0])]
+  # Every process wrote it, but no device need have all of it.
+  written = multihost_utils.process_allgather(tokens, tiled=True)[0].tolist()
   if tokenizer.end_of_text in written:
     written = written[: written.index(tokenizer.end_of_text)]
   return _printable(settings.prompt + tokenizer.decode(written))

@@ -1,5 +1,7 @@
 """The folder of a run: tried before the work begins, held by one process, never another's.
 
+Of several processes that train together, process 0 holds it for all of them.
+
 A run may write over config.json, metrics.jsonl and its figures only if they are its own, or those
 of a run that came to no checkpoint. WORKDIR/lock is there while a process trains and holds its id;
 the lock itself belongs to the kernel, so that a kill frees it.
@@ -11,28 +13,67 @@ import json
 import os
 import pathlib
 import re
+import secrets
+import time
 from collections.abc import Iterator
 
+import jax
 from absl import logging
 
 from ssm_moe.config import ExperimentConfig, from_config_dict, to_dict
 from ssm_moe.errors import UserError
-from ssm_moe.training import durable
+from ssm_moe.training import distributed, durable
 from ssm_moe.training.metrics import read_metrics
 
 _FILES = ('config.json', 'metrics.jsonl', 'loss.png', 'expert_load.png')
 _FOLDERS = ('checkpoints', 'tensorboard')
+# A network file system may show a new file only when its cache is a few seconds old.
+_SEEN_SECONDS = 20
 
 
 @contextlib.contextmanager
 def held(workdir: pathlib.Path) -> Iterator[None]:
-  """Makes the folder, tries that it can be written, and keeps other processes out of it.
+  """Makes the folder, tries that it can be written, and keeps other runs out of it.
 
   Folders made here are removed at the end if nothing has been written to them.
 
   Raises:
-    UserError: it cannot be made or written, or another process trains in it.
+    UserError: it cannot be made or written, another run trains in it, or the processes of this one
+      do not all see it.
   """
+  with contextlib.ExitStack() as stack:
+    with distributed.agreed():
+      if re.match(r'\w+:/', str(workdir)):  # pathlib makes one slash of two
+        raise UserError(f'{workdir}: the workdir must be a path; mount a bucket to write to it')
+      if distributed.is_first():
+        stack.enter_context(_held(workdir))
+    _check_shared(workdir)
+    yield
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+  """Checks that every process sees what process 0 writes: each saves its part of a checkpoint."""
+  if jax.process_count() == 1:
+    return
+  name = distributed.on_first(lambda: f'shared-{secrets.token_hex(8)}')
+  try:
+    distributed.on_first(lambda: (workdir / name).touch())
+    with distributed.agreed():
+      until = time.monotonic() + _SEEN_SECONDS
+      while not (workdir / name).exists():
+        if time.monotonic() > until:
+          raise UserError(
+            f'{workdir} is not the folder of process 0; the workdir must be on storage that all '
+            'processes share'
+          )
+        time.sleep(0.1)
+  finally:
+    if distributed.is_first():
+      (workdir / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _held(workdir: pathlib.Path) -> Iterator[None]:
   made: list[pathlib.Path] = []
   try:
     with _refusing(workdir):

@@ -103,7 +103,8 @@ def test_processes_share_the_same_batches(make, count):
   documents = [[i] * (i % 7) for i in range(40)]
   whole = list(make(documents, batch_size=6))
   parts = [
-    list(make(documents, batch_size=6, process_index=i, process_count=count)) for i in range(count)
+    list(make(documents, batch_size=6, rows=range(6 * i // count, 6 * (i + 1) // count)))
+    for i in range(count)
   ]
   assert {len(part) for part in parts} == {len(whole)}
   for step, batch in enumerate(whole):

@@ -202,6 +202,74 @@ def test_a_mistake_has_status_2_and_touches_nothing(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  ('flags', 'match'),
+  [
+    (['--profile_steps=10:x'], 'it must be START:STOP, two numbers'),
+    (['--num_processes=2', '--process_id=0'], '--coordinator_address must be given too'),
+    (['--num_processes=two'], '--num_processes=two'),
+    # No cluster is known where nothing says so, and the metadata server is not asked.
+    (['--distributed'], 'give --coordinator_address, --num_processes and --process_id'),
+  ],
+)
+def test_a_flag_that_cannot_be_meant_is_one_line(folder, flags, match):
+  before = small_run.snapshot(folder)
+  process = _start(folder, '--config=small.py', *flags, TPU_SKIP_MDS_QUERY='1')
+  status, output, errors = _finish(process)
+  assert (status, output) == (2, '')
+  (line,) = errors.splitlines()
+  assert match in line
+  assert small_run.snapshot(folder) == before
+
+
+LOADING = """
+import time
+from ssm_moe import command_line
+
+def main():
+  with command_line.loading():
+    print('loading', flush=True)
+    try:
+      time.sleep(60)
+    except BaseException:  # as native modules do
+      pass
+
+command_line.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+  ('number', 'status', 'line'),
+  [(signal.SIGINT, 130, 'interrupted'), (signal.SIGTERM, 143, 'terminated')],
+)
+def test_a_signal_while_modules_are_loaded_is_one_line(tmp_path, number, status, line):
+  (tmp_path / 'script.py').write_text(LOADING)
+  process = subprocess.Popen(
+    [sys.executable, 'script.py'],
+    cwd=tmp_path,
+    env=_environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'loading\n'
+  process.send_signal(number)
+  assert _finish(process) == (status, '', f'script.py: {line}\n')
+
+
+def test_no_large_module_is_loaded_before_main():
+  program = (
+    'import runpy, sys\n'
+    f'runpy.run_path({str(ROOT / "experiments" / "train.py")!r}, run_name="not main")\n'
+    'print([name for name in ("jax", "flax", "orbax", "grain", "numpy") if name in sys.modules])\n'
+  )
+  output = subprocess.run(
+    [sys.executable, '-c', program], env=_environment(), capture_output=True, text=True, check=True
+  )
+  assert output.stdout == '[]\n'
+
+
+@pytest.mark.slow
 def test_a_failure_has_status_1(folder):
   absurd = '--config.optimizer.peak_learning_rate=1e30'
   status, output, errors = _finish(_start(folder, '--config=small.py', '--workdir=failed', absurd))

@@ -1,19 +1,15 @@
 """The public function: checks its arguments and selects an implementation."""
 
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
 
 from ssm_moe.ops import implementation as implementation_lib
-from ssm_moe.ops.grouped_matmul import reference, tiled
+from ssm_moe.ops.grouped_matmul import megablox, reference, tiled
 from ssm_moe.shapes import Array, Float, Int
 
-Implementation = Literal['auto', 'reference', 'tiled']
-
-_CANDIDATES = {
-  'tiled': implementation_lib.always,
-  'reference': implementation_lib.always,
-}
+Implementation = Literal['auto', 'reference', 'tiled', 'megablox']
 
 
 def grouped_matmul(
@@ -34,7 +30,8 @@ def grouped_matmul(
     weights: One matrix for each group, in the dtype of `rows`.
     group_sizes: Rows of each group; any may be zero. They add up to S or less; what is left of the
       rows belongs to no group, and its products are zero.
-    implementation: 'auto' selects by backend; a name never falls back to another.
+    implementation: 'auto' selects by backend, and on a TPU by whether the rows are known to be on
+      one device (`ops.implementation.on_one_device`); a name never falls back to another.
 
   Returns:
     The products in the dtype of `rows`, accumulated in float32 or better. Gradients flow to `rows`
@@ -47,7 +44,14 @@ def grouped_matmul(
   """
   rows, weights, group_sizes = (jnp.asarray(v) for v in (rows, weights, group_sizes))
   _check(rows, weights, group_sizes)
-  match implementation_lib.select('grouped_matmul', implementation, _CANDIDATES):
+  candidates = {
+    'megablox': functools.partial(megablox.supports, rows, weights),
+    'tiled': implementation_lib.always,
+    'reference': implementation_lib.always,
+  }
+  match implementation_lib.select('grouped_matmul', implementation, candidates):
+    case 'megablox':
+      return megablox.grouped_matmul(rows, weights, group_sizes)
     case 'tiled':
       return tiled.grouped_matmul(rows, weights, group_sizes)
     case _:

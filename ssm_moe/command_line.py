@@ -221,6 +221,8 @@ def _unwrapped(error: Exception, arguments: list[str]) -> Exception:
     return UserError(f'--config={files[-1]}: it must define get_config, which returns the config')
   if isinstance(cause, KeyError) and 'NoneType' in str(cause):
     return UserError(f'--config={files[-1]}: its get_config returns nothing')
+  if isinstance(cause, TypeError) and 'get_config() takes 0 positional' in str(cause):
+    return UserError(f'--config={files[-1]} has no rows; give it without a colon')
   return UserError(f'--config={files[-1]}: {_describe(cause)}')
 
 

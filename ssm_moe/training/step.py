@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from ssm_moe.training.losses import cross_entropy_sum
 Batch = dict[str, Array]
 
 
+@no_type_check  # JAX rebuilds it with shapes and layouts in place of arrays
 class TrainState(struct.PyTreeNode):
   """All that a run goes on from.
 

@@ -36,11 +36,11 @@ _MODELS = {
   },
   'rom': {'mamba': MambaConfig(d_state=4, rom=RoMConfig(kind='shared', num_experts=4))},
   'hybrid': {
-    'pattern': 'S+E W F A',
+    'pattern': 'S+E W',
     'mamba2': Mamba2Config(
       head_dim=8,
       d_state=4,
-      rom=RoMConfig(kind='independent', weight_at='each', num_experts=4, selection_bias_rate=0.01),
+      rom=RoMConfig(kind='shared', num_experts=4, selection_bias_rate=0.01),
     ),
     'attention': AttentionConfig(num_heads=2, window=4, cache_length=16),
     'moe': MoEConfig(num_experts=4, dispatch='dropless', num_shared_experts=1),

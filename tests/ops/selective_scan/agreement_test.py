@@ -9,32 +9,13 @@ import pytest
 
 from ssm_moe.ops import implementation as implementation_lib
 from ssm_moe.ops.selective_scan import api, cases, chunked, pallas_tpu
+from tests.ops.gradients import value_and_gradients
 from tests.tolerances import BY_DTYPE, assert_close
 
 FAST = ('chunked', 'associative')
 FUNCTIONS = {name: functools.partial(api.selective_scan, implementation=name) for name in FAST} | {
   'pallas_tpu': functools.partial(pallas_tpu.selective_scan, interpret=True)
 }
-
-
-def value_and_gradients(function, arguments, cotangents):
-  """Returns (y, last state) and the cotangent of every floating argument, by name."""
-  floating = {
-    name: v
-    for name, v in arguments.items()
-    if isinstance(v, jax.Array) and jnp.issubdtype(v.dtype, jnp.floating)
-  }
-  rest = {name: v for name, v in arguments.items() if name not in floating}
-  rest.pop('dt_softplus')
-
-  @jax.jit
-  def run(floating, rest, cotangents):
-    outputs, pullback = jax.vjp(
-      lambda floating: function(**floating, **rest, dt_softplus=arguments['dt_softplus']), floating
-    )
-    return outputs, pullback(cotangents)[0]
-
-  return run(floating, rest, cotangents)
 
 
 @functools.cache

@@ -10,11 +10,8 @@ import pytest
 from ssm_moe.ops import implementation
 from ssm_moe.ops.selective_scan import api, cases, pallas_tpu
 from tests import tpu
-from tests.ops.selective_scan.agreement_test import (
-  FUNCTIONS,
-  expected_results,
-  value_and_gradients,
-)
+from tests.ops.gradients import value_and_gradients
+from tests.ops.selective_scan.agreement_test import FUNCTIONS, expected_results
 from tests.tolerances import FLOAT32_REORDERED, assert_close
 
 _ALL = {'D': True, 'z': True, 'dt_bias': True, 'dt_softplus': True, 'h0': True, 'segments': 9}

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import signal
 
 # Tests run small shapes once: the time is in compiling them. Set before JAX reads it. Up to 0.10
 # there is an older generator of code for fusions too, which takes half the time; later jaxlibs
@@ -22,6 +23,9 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 # On a GPU or TPU a float32 matmul would else round its inputs to 10 bits or less.
 jax.config.update('jax_default_matmul_precision', 'highest')
+# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 # Each worker compiles the same functions: the cache lets the second one, and the next run, load.
 _CACHE = pathlib.Path(os.environ.get('JAX_COMPILATION_CACHE_DIR') or '.jax_cache')
 jax.config.update('jax_compilation_cache_dir', str(_CACHE.absolute()))

@@ -32,6 +32,8 @@ _HF = ['pyarrow', 'tokenizers']
 _TFDS = ['array_record', 'importlib_resources', 'tensorflow-datasets']
 # setuptools: Python 3.12 and later come without it, and a wheel is built in place.
 _TEST = [
+  # Compiles kernels for GPUs, which needs no GPU.
+  'jax-triton>=0.4; python_version >= "3.12" and platform_system == "Linux"',
   'beartype',
   'chex',
   'hypothesis',

@@ -30,7 +30,9 @@ class MambaConfig(Checked):
   dt_min: float = 1e-3
   dt_max: float = 1e-1
   dt_init_floor: float = 1e-4
-  scan_implementation: Literal['auto', 'reference', 'associative', 'chunked', 'pallas_tpu'] = 'auto'
+  scan_implementation: Literal[
+    'auto', 'reference', 'associative', 'chunked', 'triton_gpu', 'pallas_tpu'
+  ] = 'auto'
   rom: RoMConfig = RoMConfig()
 
   def __post_init__(self):

@@ -5,7 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ssm_moe.ops import implementation
 from ssm_moe.shapes import Array, Float, Int
+
+# Columns that matrix products on a GPU are padded to: with an odd vocabulary, as GPT-NeoX' of 50,277
+# tokens, they take three times as long (H200: 41 ms in place of 12 for 32,768 tokens of 768).
+_GPU_COLUMNS = 128
 
 
 def cross_entropy_sum(
@@ -38,30 +43,37 @@ def cross_entropy_sum(
     x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(batch, num_chunks, columns, *x.shape[2:]).swapaxes(0, 1)
 
+  vocab_size = head.shape[1]
+  if implementation.platform() == 'gpu':
+    head = jnp.pad(head, ((0, 0), (0, -vocab_size % _GPU_COLUMNS)))
   return _sum_over_chunks(
-    in_chunks(hidden), head, in_chunks(targets), in_chunks(weights.astype(jnp.float32))
+    vocab_size,
+    in_chunks(hidden),
+    head,
+    in_chunks(targets),
+    in_chunks(weights.astype(jnp.float32)),
   )
 
 
-@jax.custom_vjp
-def _sum_over_chunks(hidden, head, targets, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_over_chunks(vocab_size, hidden, head, targets, weights):
   matrix = head.astype(hidden.dtype)
 
   def one_chunk(total, chunk):
-    logits, log_normalizer = _logits(chunk[0], matrix)
+    logits, log_normalizer = _logits(chunk[0], matrix, vocab_size)
     return total + _weighted_sum(logits, log_normalizer, *chunk[1:]), None
 
   zero = jnp.zeros((), jnp.float32)
   return jax.lax.scan(one_chunk, zero, (hidden, targets, weights))[0]
 
 
-def _forward(hidden, head, targets, weights):
+def _forward(vocab_size, hidden, head, targets, weights):
   matrix = head.astype(hidden.dtype)
 
   def one_chunk(carry, chunk):
     total, d_head = carry
     x, targets, weights = chunk
-    logits, log_normalizer = _logits(x, matrix)
+    logits, log_normalizer = _logits(x, matrix, vocab_size)
     total += _weighted_sum(logits, log_normalizer, targets, weights)
     probs = jnp.exp(logits - log_normalizer[..., None])
     d_logits = (probs - jax.nn.one_hot(targets, probs.shape[-1])) * weights[..., None]
@@ -75,7 +87,8 @@ def _forward(hidden, head, targets, weights):
   return total, (d_hidden, d_head.astype(head.dtype))
 
 
-def _backward(residuals, d_total):
+def _backward(vocab_size, residuals, d_total):
+  del vocab_size
   d_hidden, d_head = residuals
   scaled = functools.partial(jnp.multiply, d_total)
   d_hidden = scaled(d_hidden.astype(jnp.float32)).astype(d_hidden.dtype)
@@ -85,8 +98,11 @@ def _backward(residuals, d_total):
 _sum_over_chunks.defvjp(_forward, _backward)
 
 
-def _logits(x: Array, matrix: Array) -> tuple[Array, Array]:
+def _logits(x: Array, matrix: Array, vocab_size: int) -> tuple[Array, Array]:
   logits = jnp.einsum('blm,mv->blv', x, matrix, preferred_element_type=jnp.float32)
+  if matrix.shape[1] > vocab_size:
+    is_token = jnp.arange(matrix.shape[1]) < vocab_size
+    logits = jnp.where(is_token[None, None, :], logits, -jnp.inf)
   return logits, jax.nn.logsumexp(logits, axis=-1)
 
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ssm_moe.ops import implementation
 from ssm_moe.training.losses import cross_entropy_sum
 from tests import tolerances
 
@@ -26,12 +27,15 @@ def _whole(hidden, head, targets, weights):
   return -jnp.sum(chosen * weights)
 
 
-@pytest.mark.parametrize('chunk', [1, 9, 12, 30, 1000])
-def test_any_chunk_equals_the_whole(chunk):
+@pytest.mark.parametrize(
+  ('chunk', 'platform'), [(1, 'cpu'), (9, 'cpu'), (12, 'cpu'), (30, 'gpu'), (1000, 'gpu')]
+)
+def test_any_chunk_equals_the_whole(chunk, platform):
   hidden, head, targets, weights = _inputs()
 
   def chunked(hidden, head):
-    return 0.25 * cross_entropy_sum(hidden, head, targets, weights, chunk=chunk)
+    with implementation.compiling_for(platform):
+      return 0.25 * cross_entropy_sum(hidden, head, targets, weights, chunk=chunk)
 
   def whole(hidden, head):
     return 0.25 * _whole(hidden, head, targets, weights)

@@ -1,17 +1,19 @@
 """The selective scan: checks of the arguments and the choice of an implementation."""
 
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
 
 from ssm_moe.ops import implementation as implementation_lib
-from ssm_moe.ops.selective_scan import associative, chunked, pallas_tpu, reference
+from ssm_moe.ops.selective_scan import associative, chunked, pallas_tpu, reference, triton_gpu
 from ssm_moe.shapes import Array, Float, Int
 
-Implementation = Literal['auto', 'reference', 'associative', 'chunked', 'pallas_tpu']
+Implementation = Literal['auto', 'reference', 'associative', 'chunked', 'triton_gpu', 'pallas_tpu']
 
 # In the order of preference: the kernel for TPUs comes last until a chip has timed it.
 _FUNCTIONS = {
+  'triton_gpu': triton_gpu.selective_scan,
   'chunked': chunked.selective_scan,
   'associative': associative.selective_scan,
   'reference': reference.selective_scan,
@@ -75,7 +77,10 @@ def selective_scan(
   _check_shapes({'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C, **options})
   _check_dtypes({'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C, **options})
   candidates = dict.fromkeys(_FUNCTIONS, implementation_lib.always)
-  candidates['pallas_tpu'] = lambda: pallas_tpu.supports(x, dt, A, B, C, *options.values())
+  for kernel in (triton_gpu, pallas_tpu):
+    candidates[kernel.__name__.rpartition('.')[2]] = functools.partial(
+      kernel.supports, x, dt, A, B, C, *options.values()
+    )
   name = implementation_lib.select('selective_scan', implementation, candidates)
   return _FUNCTIONS[name](x, dt, A, B, C, dt_softplus=dt_softplus, **options)
 

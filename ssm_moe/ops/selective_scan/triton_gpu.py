@@ -1,0 +1,346 @@
+"""GPU: the selective scan by two kernels, one each way, with every option fused.
+
+The forward pass keeps the inputs and the state before each tile of 16 tokens; the backward pass
+makes the states between them again. Nothing of size L x N x D is stored, and nothing is added
+atomically: the gradients of B and C leave each program as a partial sum over its channels, rounded
+to their dtype, and a third kernel adds these up.
+
+What was tried, and what it brought, is in docs/performance.md.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ssm_moe.ops import gpu_kernels
+from ssm_moe.ops.selective_scan.reference import segment_starts
+from ssm_moe.shapes import Array, Float, Int
+
+_LOG2_E = 1.4426950408889634
+_MAX_STATES = 256
+_LEAST_STATES = 8
+_STATES_PER_KERNEL = 32
+_UNROLLED = 4  # U of the backward kernel
+# Schedulers of an H200: with fewer programs of one warp than these, more threads share the work.
+_SCHEDULERS = 4 * 132
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+  """How a kernel splits its work.
+
+  Attributes:
+    tile: Tokens that are loaded, and made ready, at a time.
+    states_per_thread: Of one channel: 8, or 4 so that more threads share the work.
+    warps: Of a program.
+    stages: Tiles in flight, and the one in use.
+    max_registers: Of a thread, so that more programs fit on a multiprocessor; the compiler's choice
+      if None.
+  """
+
+  tile: int = 16
+  states_per_thread: int = 8
+  warps: int = 1
+  stages: int = 3
+  max_registers: int | None = None
+
+
+def default_block_sizes(rows: int, channels: int, states: int) -> BlockSizes:
+  """Returns block sizes for B rows of D channels, of a power of two of states, 8 or more."""
+  warps = rows * channels * states // (32 * BlockSizes.states_per_thread)
+  if warps < _SCHEDULERS and states <= 16:  # 4 threads at most share a channel
+    return BlockSizes(tile=32, states_per_thread=4, stages=2)
+  return BlockSizes()
+
+
+def supports(*arrays: Array | None) -> str | None:
+  """Returns why the kernels cannot run these arguments of `api.selective_scan`, or None."""
+  if (reason := gpu_kernels.unavailable()) is not None:
+    return reason
+  for array in arrays:
+    if array is not None and array.dtype == jnp.float64:
+      return 'its kernels compute in float32, and an input is float64'
+  if (d_state := arrays[2].shape[1]) > _MAX_STATES:
+    return f'its kernels take d_state up to {_MAX_STATES}, not {d_state}'
+  _, length, channels = arrays[0].shape
+  if length * channels * 2 >= 2**31:
+    return f'its kernels take rows of less than 2**30 numbers, not {length} x {channels}'
+  return None
+
+
+class _Inputs(NamedTuple):
+  """The differentiable arguments, padded to what the kernels take."""
+
+  x: Float[Array, 'B L D']
+  dt: Float[Array, 'B L D']
+  A: Float[Array, 'D N']
+  B: Float[Array, 'B L N']
+  C: Float[Array, 'B L N']
+  D: Float[Array, 'D'] | None
+  z: Float[Array, 'B L D'] | None
+  dt_bias: Float[Array, 'D'] | None
+  h0: Float[Array, 'B D N'] | None
+
+
+class _Settings(NamedTuple):
+  """What is known when a kernel is compiled."""
+
+  forward: BlockSizes
+  backward: BlockSizes
+  dt_softplus: bool
+
+
+def selective_scan(
+  x: Float[Array, 'B L D'],
+  dt: Float[Array, 'B L D'],
+  A: Float[Array, 'D N'],
+  B: Float[Array, 'B L N'],
+  C: Float[Array, 'B L N'],
+  *,
+  D: Float[Array, 'D'] | None = None,
+  z: Float[Array, 'B L D'] | None = None,
+  dt_bias: Float[Array, 'D'] | None = None,
+  dt_softplus: bool = False,
+  segment_ids: Int[Array, 'B L'] | None = None,
+  h0: Float[Array, 'B D N'] | None = None,
+  block_sizes: tuple[BlockSizes, BlockSizes] | None = None,
+) -> tuple[Float[Array, 'B L D'], Float[Array, 'B D N']]:
+  """Runs the recurrence by kernels; see `api.selective_scan`.
+
+  Differentiable once, in reverse mode. With segment ids, an A above zero counts as zero.
+
+  Args:
+    block_sizes: Of the forward kernel and of the backward; chosen by shape if None.
+  """
+  d_inner, d_state = A.shape
+  if d_state > _STATES_PER_KERNEL:
+    return _by_states(x, dt, A, B, C, D, z, dt_bias, dt_softplus, segment_ids, h0)
+  states = max(_LEAST_STATES, 1 << (d_state - 1).bit_length())
+  if block_sizes is None:
+    block_sizes = (default_block_sizes(x.shape[0], d_inner, states),) * 2
+  settings = _Settings(*block_sizes, dt_softplus)
+  starts = None if segment_ids is None else segment_starts(segment_ids).astype(jnp.int32)
+  # A thread copies 16 bytes at a time, so rows begin at multiples of that.
+  more_channels = -d_inner % 8
+  more_states = states - d_state
+
+  def pad(v, *widths, dtype=None):
+    if v is None:
+      return None
+    v = v if dtype is None else v.astype(dtype)
+    return jnp.pad(v, [(0, width) for width in widths]) if any(widths) else v
+
+  inputs = _Inputs(
+    x=pad(x, 0, 0, more_channels),
+    dt=pad(dt, 0, 0, more_channels),
+    A=pad(A, more_channels, more_states, dtype=jnp.float32),
+    B=pad(B, 0, 0, more_states),
+    C=pad(C, 0, 0, more_states),
+    D=pad(D, more_channels, dtype=jnp.float32),
+    z=pad(z, 0, 0, more_channels),
+    dt_bias=pad(dt_bias, more_channels, dtype=jnp.float32),
+    h0=pad(h0, 0, more_channels, more_states, dtype=jnp.float32),
+  )
+  y, h = _scan(settings, inputs, starts)
+  return y[:, :, :d_inner], h[:, :d_inner, :d_state]
+
+
+def _by_states(x, dt, A, B, C, D, z, dt_bias, dt_softplus, segment_ids, h0):
+  """Runs 32 states at a time: they meet only where y adds them up."""
+  y, hs = 0, []
+  for first in range(0, A.shape[1], _STATES_PER_KERNEL):
+    some = slice(first, first + _STATES_PER_KERNEL)
+    y_some, h = selective_scan(
+      x.astype(jnp.float32),
+      dt,
+      A[:, some],
+      B[:, :, some],
+      C[:, :, some],
+      dt_bias=dt_bias,
+      dt_softplus=dt_softplus,
+      segment_ids=segment_ids,
+      h0=None if h0 is None else h0[:, :, some],
+    )
+    y += y_some
+    hs.append(h)
+  if D is not None:
+    y += D.astype(jnp.float32)[None, None, :] * x.astype(jnp.float32)
+  if z is not None:
+    y *= jax.nn.silu(z.astype(jnp.float32))
+  return y.astype(x.dtype), jnp.concatenate(hs, axis=2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(settings: _Settings, inputs: _Inputs, starts: Int[Array, 'B L'] | None):
+  y, h, _ = _run_forward(settings, inputs, starts, save=False)
+  return y, h
+
+
+def _forward(settings, inputs, starts):
+  y, h, saved = _run_forward(settings, inputs, starts, save=True)
+  return (y, h), (inputs, starts, saved)
+
+
+def _run_forward(settings, inputs, starts, *, save):
+  from ssm_moe.ops.selective_scan import triton_forward
+
+  sizes = _same_tiles(settings)
+  batch, length, channels = inputs.x.shape
+  states = inputs.A.shape[1]
+  saved = _float32(batch, -(-length // sizes.tile), channels, states)
+  outputs = [inputs.x, _float32(batch, channels, states), *([saved] if save else [])]
+  results = _call(
+    triton_forward.forward,
+    sizes,
+    settings,
+    inputs,
+    _kernel_inputs(inputs, starts) | {'h0_ptr': inputs.h0},
+    {} if save else {'saved_ptr': None},
+    outputs,
+  )
+  return results if save else (*results, None)
+
+
+def _backward(settings, residuals, cotangents):
+  from ssm_moe.ops.selective_scan import triton_backward
+
+  inputs, starts, saved = residuals
+  dy, dh = cotangents
+  sizes = settings.backward
+  batch, length, channels = inputs.x.shape
+  states = inputs.A.shape[1]
+  tokens = -(-length // sizes.tile) * sizes.tile
+  shapes = {
+    'dx_ptr': inputs.x,
+    'ddt_ptr': inputs.dt,
+    'dz_ptr': inputs.z,
+    'dA_ptr': _float32(batch, channels, states),
+    'dBC_ptr': jax.ShapeDtypeStruct(
+      (
+        batch,
+        -(-channels // _program_channels(states, sizes)) * sizes.warps,
+        tokens // _UNROLLED,
+        2,
+        states,
+        _UNROLLED,
+      ),
+      inputs.B.dtype,
+    ),
+    'dD_ptr': None if inputs.D is None else _float32(batch, channels),
+    'dbias_ptr': None if inputs.dt_bias is None else _float32(batch, channels),
+    'dh0_ptr': inputs.h0,
+  }
+  arrays = _kernel_inputs(inputs, starts) | {'saved_ptr': saved, 'dy_ptr': dy, 'dh_ptr': dh}
+  absent = {name: None for name, shape in shapes.items() if shape is None}
+  present = {name: shape for name, shape in shapes.items() if shape is not None}
+  results = _call(
+    triton_backward.backward, sizes, settings, inputs, arrays, absent, list(present.values())
+  )
+  results = absent | dict(zip(present, results))
+  dB, dC = _add_parts(results['dBC_ptr'], inputs.B, inputs.C)
+
+  def over_rows(v):
+    return None if v is None else jnp.sum(v, axis=0)
+
+  gradients = _Inputs(
+    x=results['dx_ptr'],
+    dt=results['ddt_ptr'],
+    A=over_rows(results['dA_ptr']),
+    B=dB,
+    C=dC,
+    D=over_rows(results['dD_ptr']),
+    z=results['dz_ptr'],
+    dt_bias=over_rows(results['dbias_ptr']),
+    h0=results['dh0_ptr'],
+  )
+  return gradients, None
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def _add_parts(
+  parts: Float[Array, 'B P K 2 N U'], B: Float[Array, 'B L N'], C: Float[Array, 'B L N']
+) -> list[Float[Array, 'B L N']]:
+  """Returns the gradients of B and C from partial sums. XLA takes four times as long for it."""
+  from ssm_moe.ops.selective_scan import triton_backward
+
+  size = math.prod(parts.shape[2:])
+  slab = 512
+  return gpu_kernels.call(
+    parts,
+    kernel=triton_backward.add_parts,
+    out_type=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (B, C)],
+    grid=(-(-size // slab), B.shape[0], 1),
+    name='selective_scan_add_parts',
+    options={'num_warps': slab // 128},
+    PARTS=parts.shape[1],
+    SIZE=size,
+    L=B.shape[1],
+    N=B.shape[2],
+    U=_UNROLLED,
+    SLAB=slab,
+    AT_ONCE=8,
+  )
+
+
+def _kernel_inputs(inputs: _Inputs, starts: Int[Array, 'B L'] | None) -> dict[str, Array | None]:
+  A = inputs.A * _LOG2_E
+  if starts is not None:
+    A = jnp.minimum(A, -1e-35)  # so that a step can forget: `triton_forward.FORGET`
+  return {
+    'x_ptr': inputs.x,
+    'dt_ptr': inputs.dt,
+    'z_ptr': inputs.z,
+    'A_ptr': A,
+    'B_ptr': inputs.B,
+    'C_ptr': inputs.C,
+    'D_ptr': inputs.D,
+    'bias_ptr': inputs.dt_bias,
+    'starts_ptr': starts,
+  }
+
+
+def _call(kernel, sizes: BlockSizes, settings: _Settings, inputs: _Inputs, arrays, absent, outputs):
+  """Starts a kernel: `arrays` by name, and None for what is not there, as for `absent` outputs."""
+  batch, length, channels = inputs.x.shape
+  states = inputs.A.shape[1]
+  return gpu_kernels.call(
+    **arrays,
+    **absent,
+    kernel=kernel,
+    out_type=tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in outputs),
+    grid=(-(-channels // _program_channels(states, sizes)), batch, 1),
+    name=f'selective_scan_{kernel.fn.__name__}',
+    options={'num_warps': sizes.warps, 'maxnreg': sizes.max_registers},
+    L=length,
+    D=channels,
+    N=states,
+    T=sizes.tile,
+    BD=_program_channels(states, sizes),
+    NT=states // sizes.states_per_thread,
+    W=sizes.warps,
+    STAGES=sizes.stages,
+    SOFTPLUS=settings.dt_softplus,
+  )
+
+
+def _program_channels(states: int, sizes: BlockSizes) -> int:
+  return 32 // (states // sizes.states_per_thread) * sizes.warps
+
+
+def _same_tiles(settings: _Settings) -> BlockSizes:
+  if settings.forward.tile != settings.backward.tile:
+    raise ValueError(
+      f'selective_scan: tiles of {settings.forward.tile} tokens forward and '
+      f'{settings.backward.tile} backward; the states kept are those before each tile'
+    )
+  return settings.forward
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from ssm_moe.ops import implementation
 from ssm_moe.shapes import Array, Float, Int
 
-# Columns that matrix products on a GPU are padded to: with an odd vocabulary, as GPT-NeoX' of 50,277
-# tokens, they take three times as long (H200: 41 ms in place of 12 for 32,768 tokens of 768).
+# Columns that matrix products on a GPU are padded to: with an odd vocabulary, as GPT-NeoX's 50,277
+# tokens, they take three times as long (H200: 41 ms for 32,768 tokens of 768).
 _GPU_COLUMNS = 128
 
 

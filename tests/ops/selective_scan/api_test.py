@@ -54,7 +54,9 @@ def test_wrong_dtype():
 
 
 def test_unknown_implementation_names_those_there_are():
-  with pytest.raises(ValueError, match=r"no implementation 'fast'; there are: auto, triton_gpu, chunked"):
+  with pytest.raises(
+    ValueError, match=r"no implementation 'fast'; there are: auto, triton_gpu, chunked"
+  ):
     run(implementation='fast')
 
 

@@ -6,10 +6,10 @@ from typing import Literal
 import jax.numpy as jnp
 
 from ssm_moe.ops import implementation as implementation_lib
-from ssm_moe.ops.grouped_matmul import megablox, reference, tiled
+from ssm_moe.ops.grouped_matmul import megablox, reference, tiled, triton_gpu
 from ssm_moe.shapes import Array, Float, Int
 
-Implementation = Literal['auto', 'reference', 'tiled', 'megablox']
+Implementation = Literal['auto', 'reference', 'tiled', 'megablox', 'triton_gpu']
 
 
 def grouped_matmul(
@@ -30,8 +30,8 @@ def grouped_matmul(
     weights: One matrix for each group, in the dtype of `rows`.
     group_sizes: Rows of each group; any may be zero. They add up to S or less; what is left of the
       rows belongs to no group, and its products are zero.
-    implementation: 'auto' selects by backend, and on a TPU by whether the rows are known to be on
-      one device (`ops.implementation.on_one_device`); a name never falls back to another.
+    implementation: 'auto' selects by backend, and on a TPU or GPU by whether the rows are known to
+      be on one device (`ops.implementation.on_one_device`); a name never falls back to another.
 
   Returns:
     The products in the dtype of `rows`, accumulated in float32 or better. Gradients flow to `rows`
@@ -46,12 +46,15 @@ def grouped_matmul(
   _check(rows, weights, group_sizes)
   candidates = {
     'megablox': functools.partial(megablox.supports, rows, weights),
+    'triton_gpu': functools.partial(triton_gpu.supports, rows, weights),
     'tiled': implementation_lib.always,
     'reference': implementation_lib.always,
   }
   match implementation_lib.select('grouped_matmul', implementation, candidates):
     case 'megablox':
       return megablox.grouped_matmul(rows, weights, group_sizes)
+    case 'triton_gpu':
+      return triton_gpu.grouped_matmul(rows, weights, group_sizes)
     case 'tiled':
       return tiled.grouped_matmul(rows, weights, group_sizes)
     case _:

@@ -231,7 +231,9 @@ def backward(
         hs = hs + (h_after,)
         decays = decays + (A_bar,)
         if z_ptr is not None:
-          ys = ys + (gl.sum(dot(h_after, state_row(C_rows, t, S, states, vectors)), 1),)
+          ys = ys + (
+            gl.sum(dot(h_after, state_row(C_rows, t, S, states, vectors)), 1, keep_dims=True),
+          )
       of_token = ()  # from the last of the U tokens to the first
       dBs = ()
       dCs = ()
@@ -254,8 +256,8 @@ def backward(
           through_s = v_s * hs[i][s]
           through_decay = through_decay + (through_s,)
           dA_t = dA_t + (gl.fma(through_s, decay_t, dA[s]),)
-        du = gl.sum(dot(g_t, B_t), 1)
-        ddt = gl.sum(dot(through_decay, A), 1)
+        du = gl.sum(dot(g_t, B_t), 1, keep_dims=True)
+        ddt = gl.sum(dot(through_decay, A), 1, keep_dims=True)
         g = v
         dA = dA_t
         if S == 8:

@@ -145,7 +145,7 @@ def forward(
     ys = ()
     for i in gl.static_range(T):
       h, _unused = step(h, A, decay_rows, u_rows, B_rows, i, S, states, vectors)
-      ys = ys + (gl.sum(dot(h, state_row(C_rows, i, S, states, vectors)), 1),)
+      ys = ys + (gl.sum(dot(h, state_row(C_rows, i, S, states, vectors)), 1, keep_dims=True),)
     y = gl.permute(gl.reshape(stack(ys), [BD, T]), [1, 0])
     y = gl.convert_layout(y, tile)
     if D_ptr is not None:

@@ -137,5 +137,5 @@ def test_what_does_not_fit_is_refused(change, error, message, implementation):
 
 def test_an_unknown_implementation_is_refused():
   rows, weights, sizes, _ = _inputs(_SIZES['even'])
-  with pytest.raises(ValueError, match='there are: auto, megablox, tiled, reference'):
+  with pytest.raises(ValueError, match='there are: auto, megablox, triton_gpu, tiled, reference'):
     inspect.unwrap(grouped_matmul)(rows, weights, sizes, implementation='magic')

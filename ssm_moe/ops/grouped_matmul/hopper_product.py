@@ -1,0 +1,134 @@
+"""A kernel in Gluon for Hopper: products of rows with the matrix of their group."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from ssm_moe.ops.grouped_matmul.hopper_tiles import (
+  allocate_stages,
+  next_stage,
+  product_layout,
+  write_tile,
+  write_zeros,
+)
+
+
+@gluon.jit
+def _find_tile(sizes_ptr, tile, group, first_tile, first_row, size, T: gl.constexpr):
+  """Walks on to the group that holds `tile`; to the number of groups, if none does."""
+  tiles = gl.cdiv(size, T.block_rows) * T.column_tiles
+  while (group < T.num_groups) & (tile >= first_tile + tiles):
+    first_tile += tiles
+    first_row += size
+    group += 1
+    size = gl.load(sizes_ptr + group, mask=group < T.num_groups, other=0)
+    tiles = gl.cdiv(size, T.block_rows) * T.column_tiles
+  return group, first_tile, first_row, size
+
+
+@gluon.jit
+def _place(tile, size, T: gl.constexpr):
+  """Returns the first row, the number of rows and the first column of a group's tile.
+
+  Tiles run down a band of rows, then go to its next column: what all programs work on at a time is
+  near to a square, so that they read the same blocks, out of the level 2 cache.
+  """
+  row_tiles = gl.cdiv(size, T.block_rows)
+  band = tile // (T.band * T.column_tiles)
+  in_band = tile - band * (T.band * T.column_tiles)
+  height = gl.maximum(gl.minimum(row_tiles - band * T.band, T.band), 1)
+  column = in_band // height
+  row = (band * T.band + in_band - column * height) * T.block_rows
+  return row, gl.minimum(size - row, T.block_rows), column * T.block_columns
+
+
+@gluon.jit
+def _load_for_product(state, rows, weights, sizes_ptr, a, b, ready, T: gl.constexpr):
+  """Starts the next copy to shared memory, for this tile or the next, unless there is none left."""
+  tile, group, first_tile, first_row, size, row, column, step, stage = state
+  some = group < T.num_groups
+  bar = ready.index(stage)
+  mbarrier.expect(bar, rows.block_type.nbytes + weights.block_type.nbytes, pred=some)
+  inner = step * T.block_inner
+  tma.async_load(rows, [row, inner], bar, a.index(stage), pred=some)
+  if T.transposed:
+    tma.async_load(weights, [group, column, inner], bar, b.index(stage), pred=some)
+  else:
+    tma.async_load(weights, [group, inner, column], bar, b.index(stage), pred=some)
+  stage, _ = next_stage(stage, 0, T)
+  step += 1
+  if step == T.steps:
+    step = 0
+    tile += gl.num_programs(0)
+    group, first_tile, first_row, size = _find_tile(
+      sizes_ptr, tile, group, first_tile, first_row, size, T
+    )
+    row, _, column = _place(tile - first_tile, size, T)
+    row += first_row
+  return tile, group, first_tile, first_row, size, row, column, step, stage
+
+
+@gluon.jit
+def product_kernel(rows, weights, sizes_ptr, y_ptr, T: gl.constexpr):
+  """Multiplies each row with the matrix of its group; zeros for rows of no group.
+
+  A tile that ends beyond its group multiplies rows of the next, which it does not write.
+
+  Arrays and their blocks: rows [S, K], [block_rows, block_inner]; weights [E, K, N],
+  [1, block_inner, block_columns], or if transposed [E, N, K], [1, block_columns, block_inner];
+  sizes [E] int32; y [S, N].
+  """
+  acc_layout: gl.constexpr = product_layout(T, gl.num_warps())
+  a = allocate_stages(rows, T)
+  b = allocate_stages(weights, T)
+  ready = gl.allocate_shared_memory(gl.int64, [T.stages, 1], mbarrier.MBarrierLayout())
+  STAGES: gl.constexpr = T.stages
+  for i in gl.static_range(STAGES):
+    mbarrier.init(ready.index(i), count=1)
+
+  zero = gl.to_tensor(0)
+  tile = gl.program_id(0)
+  group, first_tile, first_row, size = _find_tile(
+    sizes_ptr, tile, zero, zero, zero, gl.load(sizes_ptr), T
+  )
+  row, count, column = _place(tile - first_tile, size, T)
+  # What is loaded is ahead of what is multiplied, and has a state of its own.
+  ahead = (tile, group, first_tile, first_row, size, first_row + row, column, zero, zero)
+  for _ in gl.static_range(STAGES - 1):
+    ahead = _load_for_product(ahead, rows, weights, sizes_ptr, a, b, ready, T)
+
+  stage = zero
+  phase = zero
+  acc = gl.zeros([T.block_rows, T.block_columns], gl.float32, layout=acc_layout)
+  while group < T.num_groups:
+    for step in range(T.steps):
+      mbarrier.wait(ready.index(stage), phase)
+      b_block = b.index(stage).reshape(weights.block_type.shape[1:])
+      if T.transposed:
+        b_block = b_block.permute((1, 0))
+      acc = hopper.warpgroup_mma(a.index(stage), b_block, acc, use_acc=step > 0, is_async=True)
+      acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
+      stage, phase = next_stage(stage, phase, T)
+      # Free is now the stage that was read one step before.
+      ahead = _load_for_product(ahead, rows, weights, sizes_ptr, a, b, ready, T)
+    write_row = first_row + row
+    # Sizes that add up to more than there are rows must not write outside.
+    write_count = gl.minimum(count, T.num_rows - write_row)
+    write_column = column
+    # Before the wait, while the tensor cores still work.
+    tile += gl.num_programs(0)
+    group, first_tile, first_row, size = _find_tile(
+      sizes_ptr, tile, group, first_tile, first_row, size, T
+    )
+    row, count, column = _place(tile - first_tile, size, T)
+    acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
+    write_tile(acc.to(rows.dtype), y_ptr, write_row, write_count, write_column, T)
+
+  # All groups are passed: first_row is the first row of no group, and in the tile first_tile.
+  rest = T.num_rows - first_row
+  place = tile - first_tile
+  while place < gl.cdiv(rest, T.block_rows) * T.column_tiles:
+    row, count, column = _place(place, rest, T)
+    write_zeros(y_ptr, first_row + row, count, column, T)
+    place += gl.num_programs(0)

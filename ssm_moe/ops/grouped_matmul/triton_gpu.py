@@ -1,0 +1,139 @@
+"""NVIDIA Hopper: kernels in Gluon that keep the tensor cores fed, forward and for both gradients.
+
+Work follows the sizes of the groups, which stay on the device: each program of a kernel walks over
+them, and finds its tiles. Nothing is added up by atomics, so results repeat bit by bit.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ssm_moe.ops import gpu_kernels
+from ssm_moe.shapes import Array, Float, Int
+
+# Groups are sorted in shared memory, beside the blocks.
+_MAX_GROUPS = 1024
+# A row of what TMA reads begins at a multiple of 16 bytes.
+_MULTIPLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """Sizes for one kernel.
+
+  Attributes:
+    rows: Of a tile of the output, 64 or 128; for the gradient of the weights, of its M axis.
+    columns: Of a tile of the output, 64 to 256.
+    inner: Of the axis that is summed over, in a stage.
+    stages: Blocks of each operand in shared memory.
+    warps: 4 or 8. A warpgroup, 4 warps, has 64 of the rows or a multiple.
+    programs: On each multiprocessor.
+    band: Tiles of rows to go through before the next tile of columns.
+  """
+
+  rows: int = 128
+  columns: int = 256
+  inner: int = 64
+  stages: int = 4
+  warps: int = 8
+  programs: int = 1
+  band: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+  """Sizes for the products, and for the gradients of rows and of weights."""
+
+  product: Blocks = Blocks()
+  d_rows: Blocks = Blocks()
+  d_weights: Blocks = Blocks()
+
+
+def default_block_sizes(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> BlockSizes:
+  """Returns sizes for S rows of M columns times E matrices of F columns, shape = (S, M, F, E)."""
+  del dtype  # both that there are have 16 bits
+  num_rows, inputs, outputs, num_groups = shape
+  small = num_rows <= 64 * num_groups
+  return BlockSizes(
+    product=_tile(small, outputs),
+    d_rows=_tile(small, inputs),
+    d_weights=_tile(inputs <= 64, outputs),
+  )
+
+
+def _tile(few_rows: bool, columns: int) -> Blocks:
+  if few_rows:
+    return Blocks(rows=64, columns=256 if columns > 128 else 128, warps=4)
+  if columns <= 128:
+    return Blocks(columns=128)
+  return Blocks()
+
+
+def supports(rows: Array, weights: Array) -> str | None:
+  """Returns why the kernels cannot multiply these, or None."""
+  if (reason := gpu_kernels.unavailable(exactly=gpu_kernels.HOPPER)) is not None:
+    return reason
+  if rows.dtype not in (jnp.bfloat16, jnp.float16):
+    return f'its kernels take bfloat16 or float16, not {rows.dtype}'
+  if 0 in (*rows.shape, *weights.shape):
+    return 'its kernels take no empty arrays'
+  if weights.shape[0] > _MAX_GROUPS:
+    return f'its kernels take at most {_MAX_GROUPS} groups, not {weights.shape[0]}'
+  return None
+
+
+def grouped_matmul(
+  rows: Float[Array, 'S M'],
+  weights: Float[Array, 'E M *F'],
+  group_sizes: Int[Array, 'E'],
+  *,
+  block_sizes: BlockSizes | None = None,
+) -> Float[Array, 'S *F']:
+  """Runs `api.grouped_matmul`; several output axes are made one.
+
+  Axes that are no multiple of 8 are padded, which copies the array.
+  """
+  num_rows, inputs = rows.shape
+  num_groups, _, *output_shape = weights.shape
+  matrices = weights.reshape(num_groups, inputs, -1)
+  outputs = matrices.shape[2]
+  if block_sizes is None:
+    block_sizes = default_block_sizes((num_rows, inputs, outputs, num_groups), rows.dtype)
+  more_inputs, more_outputs = -inputs % _MULTIPLE, -outputs % _MULTIPLE
+  if more_inputs:
+    rows = jnp.pad(rows, ((0, 0), (0, more_inputs)))
+  if more_inputs or more_outputs:
+    matrices = jnp.pad(matrices, ((0, 0), (0, more_inputs), (0, more_outputs)))
+  y = _multiply(block_sizes, rows, matrices, group_sizes.astype(jnp.int32))
+  return y[:, :outputs].reshape(num_rows, *output_shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(
+  block_sizes: BlockSizes,
+  rows: Float[Array, 'S M'],
+  weights: Float[Array, 'E M F'],
+  group_sizes: Int[Array, 'E'],
+) -> Float[Array, 'S F']:
+  # Not at the top: it imports Triton.
+  from ssm_moe.ops.grouped_matmul import hopper_kernels
+
+  return hopper_kernels.multiply(rows, weights, group_sizes, block_sizes.product)
+
+
+def _forward(block_sizes, rows, weights, group_sizes):
+  return _multiply(block_sizes, rows, weights, group_sizes), (rows, weights, group_sizes)
+
+
+def _backward(block_sizes, residuals, dy):
+  from ssm_moe.ops.grouped_matmul import hopper_kernels
+
+  rows, weights, group_sizes = residuals
+  d_rows = hopper_kernels.multiply(dy, weights, group_sizes, block_sizes.d_rows, transposed=True)
+  d_weights = hopper_kernels.sum_outer_products(rows, dy, group_sizes, block_sizes.d_weights)
+  return d_rows, d_weights, None
+
+
+_multiply.defvjp(_forward, _backward)

@@ -1,0 +1,177 @@
+"""The kernels for Hopper: compiled here, without a GPU; run where there is one."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ssm_moe.ops import gpu_kernels, implementation
+from ssm_moe.ops.grouped_matmul import grouped_matmul, triton_gpu
+from tests import gpu, hopper, tolerances
+
+# A block of threads gets no more of an H100's or H200's 228 KB.
+_SHARED_BYTES = 227 * 1024
+
+
+def _value_and_gradients(function, rows, weights, sizes, cotangent):
+  value, pull = jax.vjp(lambda rows, weights: function(rows, weights, sizes), rows, weights)
+  return value, *pull(cotangent)
+
+
+def _shapes(num_rows, inputs, outputs, num_groups, dtype='bfloat16'):
+  return (
+    jax.ShapeDtypeStruct((num_rows, inputs), dtype),
+    jax.ShapeDtypeStruct((num_groups, inputs, *outputs), dtype),
+    jax.ShapeDtypeStruct((num_groups,), jnp.int32),
+    jax.ShapeDtypeStruct((num_rows, *outputs), dtype),
+  )
+
+
+_SHAPES = {
+  '8_experts': (65536, 1024, (4096,), 8),
+  '64_experts': (65536, 768, (3072,), 64),
+  '512_experts': (65536, 768, (3072,), 512),
+  'few_rows': (7, 64, (128,), 3),
+  'no_multiples': (200, 12, (2, 5), 4),
+  'float16': (777, 1024, (40,), 3, 'float16'),
+}
+
+
+@hopper.needs_triton
+@pytest.mark.parametrize('case', _SHAPES)
+def test_compiles_for_hopper(case):
+  """Shown, of value and gradients: three kernels, which
+
+  - keep everything in registers: not a byte is spilled,
+  - fit into a multiprocessor's shared memory,
+  - read by TMA, multiply by warpgroups, and write 16 bytes at a time, what a tile has beyond its
+    group left out,
+  - and wait for all multiplications in one place only, the end of a tile: else they would come one
+    after the other.
+  """
+  function = functools.partial(_value_and_gradients, grouped_matmul)
+  kernels = hopper.compile_kernels(function, *_shapes(*_SHAPES[case]))
+  assert [kernel.name for kernel in kernels] == [
+    'product_kernel',
+    'product_kernel',
+    'gradient_kernel',
+  ]
+  for kernel in kernels:
+    assert kernel.spilled_bytes == 0
+    assert kernel.shared_bytes <= _SHARED_BYTES
+    assert 'cp.async.bulk.tensor.2d.shared::cta.global' in kernel.ptx
+    stores = re.findall(r'(\S+)\s+(st\.global\.\S+)', kernel.ptx)
+    assert stores and all(p[0] == '@' and op == 'st.global.v4.b32' for p, op in stores)
+    assert 'wgmma.mma_async' in kernel.ptx
+    assert len(re.findall(r'wgmma\.wait_group\S* +0;', kernel.ptx.replace('\t', ' '))) == 1
+
+
+def _kernels_chosen(shapes, name='auto'):
+  jaxpr = jax.make_jaxpr(lambda *args: grouped_matmul(*args, implementation=name))(*shapes[:3])
+  return str(jaxpr).count('triton_kernel_call')
+
+
+@hopper.needs_triton
+def test_auto_takes_it_where_the_rows_are_on_one_hopper():
+  shapes = _shapes(64, 8, (8,), 4)
+  assert not _kernels_chosen(shapes)
+  with implementation.compiling_for('gpu'):
+    with implementation.on_devices(1):
+      assert _kernels_chosen(shapes)
+      assert not _kernels_chosen(_shapes(64, 8, (8,), 4, 'float32'))
+    with implementation.on_devices(4):
+      assert not _kernels_chosen(shapes)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'platform', 'devices', 'reason'),
+  [
+    ((8, 8, (8,), 2, 'bfloat16'), 'cpu', 1, 'are for GPUs, and this is for cpu'),
+    ((8, 8, (8,), 2, 'float32'), 'gpu', 1, 'take bfloat16 or float16, not float32'),
+    ((0, 8, (8,), 2, 'bfloat16'), 'gpu', 1, 'take no empty arrays'),
+    ((8, 8, (8,), 1025, 'bfloat16'), 'gpu', 1, 'take at most 1024 groups, not 1025'),
+    ((8, 8, (8,), 2, 'bfloat16'), 'gpu', 4, 'not split over devices'),
+  ],
+)
+def test_says_why_it_cannot_run(shape, platform, devices, reason, monkeypatch):
+  monkeypatch.setattr(gpu_kernels, '_missing_package', lambda: None)
+  with (
+    implementation.compiling_for(platform),
+    implementation.on_devices(devices),
+    pytest.raises(NotImplementedError, match=f"cannot run 'triton_gpu' here: .*{reason}"),
+  ):
+    jax.eval_shape(
+      functools.partial(grouped_matmul, implementation='triton_gpu'), *_shapes(*shape)[:3]
+    )
+
+
+def test_another_gpu_is_named(monkeypatch):
+  monkeypatch.setattr(gpu_kernels, '_missing_package', lambda: None)
+  monkeypatch.setattr(gpu_kernels, 'compute_capability', lambda: (8, 0))
+  with implementation.compiling_for('gpu'), implementation.on_devices(1):
+    rows, weights, *_ = _shapes(8, 8, (8,), 2)
+    reason = triton_gpu.supports(rows, weights)
+  assert reason == 'its kernels are for compute capability 9.0, and this GPU has 8.0'
+
+
+_SIZES = {
+  'even': (50, 50, 50, 50),
+  'uneven': (129, 1, 3, 67),
+  'empty': (0, 131, 0, 69, 0),
+  'one': (0, 200),
+  'single_group': (200,),
+  'more_groups_than_rows': (1, 0, 1, 0, 0, 1),
+  'over_a_tile': (700, 513, 31, 12),
+  'none': (0, 0, 0),
+  '512_experts': (9, 0, 1, 0) * 128,
+}
+
+
+def _on_gpu(*marked):
+  def decorate(test):
+    for mark in gpu.MARKS:
+      test = mark(test)
+    return test
+
+  return decorate(*marked)
+
+
+@_on_gpu
+@pytest.mark.parametrize('rest', [0, 77], ids=['all_rows', 'rows_of_no_group'])
+@pytest.mark.parametrize('axes', [(12, (10,)), (136, (2, 148)), (64, (512,))], ids=str)
+@pytest.mark.parametrize('case', _SIZES)
+def test_equals_the_reference(case, axes, rest):
+  sizes = _SIZES[case]
+  inputs, outputs = axes
+  num_rows = max(sum(sizes) + rest, 1)
+  keys = jax.random.split(jax.random.key(2), 3)
+  shapes = _shapes(num_rows, inputs, outputs, len(sizes))
+  rows, weights, cotangent = (
+    jax.random.normal(key, shapes[i].shape).astype(jnp.bfloat16) for key, i in zip(keys, (0, 1, 3))
+  )
+  group_sizes = jnp.array(sizes, jnp.int32)
+  run = functools.partial(grouped_matmul, implementation='triton_gpu')
+  actual = _value_and_gradients(run, rows, weights, group_sizes, cotangent)
+  assert {leaf.dtype.name for leaf in actual} == {'bfloat16'}
+  rows, weights, cotangent = (x.astype(jnp.float32) for x in (rows, weights, cotangent))
+  run = functools.partial(grouped_matmul, implementation='tiled')
+  expected = _value_and_gradients(run, rows, weights, group_sizes, cotangent)
+  tolerances.assert_close(
+    [x.astype(jnp.float32) for x in actual], list(expected), rtol=tolerances.BFLOAT16, what=case
+  )
+
+
+@_on_gpu
+def test_repeats_bit_by_bit():
+  keys = jax.random.split(jax.random.key(3), 3)
+  shapes = _shapes(5000, 256, (384,), 7)
+  rows, weights, cotangent = (
+    jax.random.normal(key, shapes[i].shape).astype(jnp.bfloat16) for key, i in zip(keys, (0, 1, 3))
+  )
+  sizes = jnp.array((1000, 0, 2001, 3, 700, 900, 396), jnp.int32)
+  run = jax.jit(functools.partial(_value_and_gradients, grouped_matmul))
+  first, second = (run(rows, weights, sizes, cotangent) for _ in range(2))
+  for a, b in zip(first, second):
+    assert (a == b).all()

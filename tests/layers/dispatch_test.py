@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_moe.layers import dispatch
+from ssm_moe.ops import implementation
 from tests import tolerances
 
 _TOKENS, _IN, _OUT, _EXPERTS = 24, 5, 7, 4
@@ -59,6 +60,23 @@ def test_agrees_with_the_dense_oracle_when_nothing_is_dropped(rng, kind, top_k, 
   tolerances.assert_close(
     results[kind], results['dense'], rtol=tolerances.FLOAT32_REORDERED, what=kind
   )
+
+
+@pytest.mark.parametrize('axes', [(), (3,)])
+def test_weights_are_multiplied_on_a_gpu_as_elsewhere(rng, axes):
+  expert_index, combine_weights = _routes(rng, 2)
+  plan = _plans(expert_index)['capacity']
+  x = jax.random.normal(rng, (_TOKENS, *axes, _IN))
+
+  def run(platform):
+    def combine(x, weights):
+      with implementation.compiling_for(platform):
+        return plan.combine(plan.dispatch(x), weights)
+
+    y, pull = jax.vjp(combine, x, combine_weights)
+    return y, pull(x)
+
+  tolerances.assert_close(run('gpu'), run('cpu'), rtol=tolerances.FLOAT32_REORDERED)
 
 
 @pytest.mark.parametrize('kind', ['dense', 'dropless', 'capacity'])

@@ -22,7 +22,6 @@ from ssm_moe.ops.selective_scan.triton_tiles import (
   step,
   step_sizes,
   to_variables,
-  unstack,
 )
 
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -42,7 +41,8 @@ def _store_tokens(pointer, values, mask, layout: gl.constexpr):
 
 @gluon.jit
 def backward(
-  x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, starts_ptr, saved_ptr, dy_ptr, dh_ptr,
+  x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, starts_ptr, saved_ptr, ungated_ptr,
+  dy_ptr, dh_ptr,
   dx_ptr, ddt_ptr, dz_ptr, dA_ptr, dBC_ptr, dD_ptr, dbias_ptr, dh0_ptr,
   L: gl.constexpr, D: gl.constexpr, N: gl.constexpr, T: gl.constexpr, BD: gl.constexpr,
   NT: gl.constexpr, W: gl.constexpr, STAGES: gl.constexpr, SOFTPLUS: gl.constexpr,
@@ -58,6 +58,7 @@ def backward(
   last U steps to the first, their states and decays are made again and held in registers.
 
   Args, beside those of `forward`:
+    saved_ptr: As `forward` left it, with SAVE = T.
     dy_ptr, dx_ptr, ddt_ptr, dz_ptr: [B, L, D].
     dh_ptr, dh0_ptr: [B, D, N], float32: of the last state, and of the first.
     dA_ptr: [B, D, N]; dD_ptr, dbias_ptr: [B, D]: float32, to be added up over B.
@@ -74,7 +75,7 @@ def backward(
   # U tokens at a time, after the recurrence.
   VU: gl.constexpr = BD // (8 * W) if BD >= 8 * W else 1
   some: gl.constexpr = gl.BlockedLayout([1, VU], [4, 8], [1, W], [1, 0])
-  by_token: gl.constexpr = gl.BlockedLayout([1, VU, 4], [4, 8, 1], [1, W, 1], [2, 1, 0])
+  by_token: gl.constexpr = gl.BlockedLayout([1, VU, 2], [4, 8, 1], [1, W, 1], [2, 1, 0])
   tokens_of_lane: gl.constexpr = gl.BlockedLayout(
     [1, 1, U], [32 // NT, NT, 1], [W, 1, 1], [2, 0, 1]
   )
@@ -95,6 +96,7 @@ def backward(
   if z_ptr is not None:
     z_ptr += tokens
     dz_ptr += tokens
+    ungated_ptr += tokens
   B_ptr += b * (L * N)
   C_ptr += b * (L * N)
   if starts_ptr is not None:
@@ -141,6 +143,7 @@ def backward(
   C_in = gl.allocate_shared_memory(C_ptr.dtype.element_ty, [STAGES, T, N], flat)
   if z_ptr is not None:
     z_in = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, T, BD], flat)
+    y_in = gl.allocate_shared_memory(ungated_ptr.dtype.element_ty, [STAGES, T, BD], flat)
   dt_rows = gl.allocate_shared_memory(gl.float32, [T, BD], flat)
   decay_rows = dt_rows
   if starts_ptr is not None:
@@ -151,7 +154,7 @@ def backward(
   C_rows = gl.allocate_shared_memory(gl.float32, [T, N], flat)
   h_before = gl.allocate_shared_memory(gl.float32, [T // U, BD, N], swizzled)
   token_sums = gl.allocate_shared_memory(
-    gl.float32, [U, BD, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    gl.float32, [U, BD, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
   )
 
   for early in gl.static_range(STAGES - 1):
@@ -163,6 +166,7 @@ def backward(
     copy_tile(C_in, early, C_ptr, t_early, L, N, column_n, mask_n, T)
     if z_ptr is not None:
       copy_tile(z_in, early, z_ptr, t_early, L, D, column, mask, T)
+      copy_tile(y_in, early, ungated_ptr, t_early, L, D, column, mask, T)
     async_copy.commit_group()
 
   A = to_variables(gl.load(A_ptr + of_block, mask=mine, other=0.0), S, states)
@@ -192,6 +196,7 @@ def backward(
     copy_tile(C_in, free, C_ptr, later, L, N, column_n, mask_n, T)
     if z_ptr is not None:
       copy_tile(z_in, free, z_ptr, later, L, D, column, mask, T)
+      copy_tile(y_in, free, ungated_ptr, later, L, D, column, mask, T)
     async_copy.commit_group()
     h_next = gl.load(saved_ptr + gl.maximum(k - 1, 0) * (D * N) + of_block, mask=mine, other=0.0)
 
@@ -224,16 +229,11 @@ def backward(
       j = T // U - 1 - j_back
       hs = (to_variables(h_before.index(j).load(vectors), S, states),)
       decays = ()
-      ys = ()
       for i in gl.static_range(U):
         t = j * U + i
         h_after, A_bar = step(hs[i], A, decay_rows, u_rows, B_rows, t, S, states, vectors)
         hs = hs + (h_after,)
         decays = decays + (A_bar,)
-        if z_ptr is not None:
-          ys = ys + (
-            gl.sum(dot(h_after, state_row(C_rows, t, S, states, vectors)), 1, keep_dims=True),
-          )
       of_token = ()  # from the last of the U tokens to the first
       dBs = ()
       dCs = ()
@@ -268,18 +268,15 @@ def backward(
           dB_t = sum_over_lanes(g_t + hs[i + 1], u_t, dy_t, lane, EXACT)
           dB_t = sum_over_neighbours(dB_t, NT)
         dBs = (dB_t,) + dBs
-        y = ddt
-        if z_ptr is not None:
-          y = ys[i]
-        of_token = (du, ddt, y, y) + of_token
+        of_token = (du, ddt) + of_token
 
-      token_sums.store(gl.permute(gl.reshape(stack(of_token), [BD, U, 4]), [1, 0, 2]))
+      token_sums.store(gl.permute(gl.reshape(stack(of_token), [BD, U, 2]), [1, 0, 2]))
       place = dBC_ptr + (t0 + j * U) * (2 * N)
       _store_tokens(place, dBs, is_first, tokens_of_lane)
       if S == 8:
         _store_tokens(place + N * U, dCs, is_first, tokens_of_lane)
 
-      sums = unstack(gl.reshape(token_sums.load(by_token), [U, BD, 2, 2]), 2)
+      sums = gl.split(token_sums.load(by_token))
       du_u = gl.convert_layout(sums[0], some)
       ddt_u = gl.convert_layout(sums[1], some) * _LN_2
       there_some = (t0 + j * U + t_some < L) & mask_some[None, :]
@@ -302,9 +299,7 @@ def backward(
       gl.store(dx_ptr + place_some, dx_u.to(dx_ptr.dtype.element_ty), mask=there_some)
       gl.store(ddt_ptr + place_some, ddt_u.to(ddt_ptr.dtype.element_ty), mask=there_some)
       if z_ptr is not None:
-        y_u = gl.convert_layout(sums[2], some)
-        if D_ptr is not None:
-          y_u = y_u + skip[None, :] * x_u
+        y_u = part_of(y_in, slot * (T // U) + j, U, some)
         z_u = part_of(z_in, slot * (T // U) + j, U, some)
         given = part_of(dy_in, slot * (T // U) + j, U, some)
         sigmoid_u = sigmoid(z_u)

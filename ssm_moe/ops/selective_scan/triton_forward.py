@@ -33,9 +33,10 @@ FORGET = gl.constexpr(1e38)
 @gluon.jit
 def forward(
   x_ptr, dt_ptr, z_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, starts_ptr, h0_ptr,
-  y_ptr, h_ptr, saved_ptr,
+  y_ptr, h_ptr, saved_ptr, ungated_ptr,
   L: gl.constexpr, D: gl.constexpr, N: gl.constexpr, T: gl.constexpr, BD: gl.constexpr,
   NT: gl.constexpr, W: gl.constexpr, STAGES: gl.constexpr, SOFTPLUS: gl.constexpr,
+  SAVE: gl.constexpr,
 ):  # fmt: skip
   """Runs the recurrence over one row and BD channels.
 
@@ -46,7 +47,9 @@ def forward(
     D_ptr, bias_ptr: [D], float32.
     starts_ptr: [B, L], int32: not zero where the state is reset before the step.
     h0_ptr, h_ptr: [B, D, N], float32: the first state, and the last.
-    saved_ptr: [B, ceil(L / T), D, N], float32: the state before each tile, for the backward pass.
+    saved_ptr: [B, ceil(L / SAVE), D, N], float32: for the backward pass, the state before each SAVE
+      tokens, of which a tile has a whole number.
+    ungated_ptr: [B, L, D]: for the backward pass, y before the gate.
   """
   S: gl.constexpr = N // NT
   states: gl.constexpr = gl.BlockedLayout([1, 1], [32 // NT, NT], [W, 1], [0, 1])
@@ -62,6 +65,8 @@ def forward(
   x_ptr += tokens
   dt_ptr += tokens
   y_ptr += tokens
+  if ungated_ptr is not None:
+    ungated_ptr += tokens
   if z_ptr is not None:
     z_ptr += tokens
   B_ptr += b * (L * N)
@@ -115,6 +120,7 @@ def forward(
   h = to_variables(h, S, states)
 
   K: gl.constexpr = (L + T - 1) // T
+  SAVES: gl.constexpr = (L + SAVE - 1) // SAVE
   for k in range(K):
     t0 = k * T
     slot = k % STAGES
@@ -128,9 +134,6 @@ def forward(
     if z_ptr is not None:
       copy_tile(z_in, free, z_ptr, later * T, L, D, column, mask, T)
     async_copy.commit_group()
-    if saved_ptr is not None:
-      gl.store(saved_ptr + (b * K + k) * (D * N) + of_block, from_variables(h, vectors), mask=mine)
-
     there = t0 + t_tile < L
     x = x_in.index(slot).load(tile).to(gl.float32)
     dt = step_sizes(dt_in.index(slot).load(tile).to(gl.float32), bias, there, SOFTPLUS)
@@ -144,15 +147,21 @@ def forward(
 
     ys = ()
     for i in gl.static_range(T):
+      if saved_ptr is not None and i % SAVE == 0:
+        saved = saved_ptr + (b * SAVES + (t0 + i) // SAVE) * (D * N)
+        gl.store(saved + of_block, from_variables(h, vectors), mask=mine & (t0 + i < L))
       h, _unused = step(h, A, decay_rows, u_rows, B_rows, i, S, states, vectors)
       ys = ys + (gl.sum(dot(h, state_row(C_rows, i, S, states, vectors)), 1, keep_dims=True),)
     y = gl.permute(gl.reshape(stack(ys), [BD, T]), [1, 0])
     y = gl.convert_layout(y, tile)
     if D_ptr is not None:
       y = y + skip[None, :] * x_in.index(slot).load(tile).to(gl.float32)
+    place = (t0 + t_tile) * D + column
+    if ungated_ptr is not None:
+      gl.store(ungated_ptr + place, y.to(ungated_ptr.dtype.element_ty), mask=there & mask)
     if z_ptr is not None:
       z = z_in.index(slot).load(tile).to(gl.float32)
       y = y * z * sigmoid(z)
-    gl.store(y_ptr + (t0 + t_tile) * D + column, y.to(y_ptr.dtype.element_ty), mask=there & mask)
+    gl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=there & mask)
   async_copy.wait_group(0)
   gl.store(h_ptr + b * (D * N) + of_block, from_variables(h, vectors), mask=mine)

@@ -1,9 +1,9 @@
 """GPU: the selective scan by two kernels, one each way, with every option fused.
 
-The forward pass keeps the inputs and the state before each tile of 16 tokens; the backward pass
-makes the states between them again. Nothing of size L x N x D is stored, and nothing is added
-atomically: the gradients of B and C leave each program as a partial sum over its channels, rounded
-to their dtype, and a third kernel adds these up.
+The forward pass keeps the inputs, y before the gate, and the state before each 16 tokens; the
+backward pass makes the states between them again. Nothing of size L x N x D is stored, and nothing
+is added atomically: the gradients of B and C leave each program as a partial sum over its channels,
+rounded to their dtype, and a third kernel adds these up.
 
 What was tried, and what it brought, is in docs/performance.md.
 """
@@ -49,12 +49,17 @@ class BlockSizes:
   max_registers: int | None = None
 
 
-def default_block_sizes(rows: int, channels: int, states: int) -> BlockSizes:
-  """Returns block sizes for B rows of D channels, of a power of two of states, 8 or more."""
+def default_block_sizes(rows: int, channels: int, states: int) -> tuple[BlockSizes, BlockSizes]:
+  """Returns block sizes, forward and backward, for B rows of D channels.
+
+  Args:
+    rows, channels: B and D.
+    states: N, a power of two, 8 or more.
+  """
   warps = rows * channels * states // (32 * BlockSizes.states_per_thread)
   if warps < _SCHEDULERS and states <= 16:  # 4 threads at most share a channel
-    return BlockSizes(tile=32, states_per_thread=4, stages=2)
-  return BlockSizes()
+    return (BlockSizes(tile=32, states_per_thread=4, stages=2),) * 2
+  return BlockSizes(), BlockSizes(stages=2)
 
 
 def supports(*arrays: Array | None) -> str | None:
@@ -121,7 +126,7 @@ def selective_scan(
     return _by_states(x, dt, A, B, C, D, z, dt_bias, dt_softplus, segment_ids, h0)
   states = max(_LEAST_STATES, 1 << (d_state - 1).bit_length())
   if block_sizes is None:
-    block_sizes = (default_block_sizes(x.shape[0], d_inner, states),) * 2
+    block_sizes = default_block_sizes(x.shape[0], d_inner, states)
   settings = _Settings(*block_sizes, dt_softplus)
   starts = None if segment_ids is None else segment_starts(segment_ids).astype(jnp.int32)
   # A thread copies 16 bytes at a time, so rows begin at multiples of that.
@@ -176,39 +181,42 @@ def _by_states(x, dt, A, B, C, D, z, dt_bias, dt_softplus, segment_ids, h0):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(settings: _Settings, inputs: _Inputs, starts: Int[Array, 'B L'] | None):
-  y, h, _ = _run_forward(settings, inputs, starts, save=False)
+  y, h, _, _ = _run_forward(settings, inputs, starts, save=False)
   return y, h
 
 
 def _forward(settings, inputs, starts):
-  y, h, saved = _run_forward(settings, inputs, starts, save=True)
-  return (y, h), (inputs, starts, saved)
+  y, h, *saved = _run_forward(settings, inputs, starts, save=True)
+  return (y, h), (inputs, starts, *saved)
 
 
 def _run_forward(settings, inputs, starts, *, save):
   from ssm_moe.ops.selective_scan import triton_forward
 
-  sizes = _same_tiles(settings)
   batch, length, channels = inputs.x.shape
   states = inputs.A.shape[1]
-  saved = _float32(batch, -(-length // sizes.tile), channels, states)
-  outputs = [inputs.x, _float32(batch, channels, states), *([saved] if save else [])]
-  results = _call(
-    triton_forward.forward,
-    sizes,
-    settings,
-    inputs,
-    _kernel_inputs(inputs, starts) | {'h0_ptr': inputs.h0},
-    {} if save else {'saved_ptr': None},
-    outputs,
-  )
-  return results if save else (*results, None)
+  between = settings.backward.tile
+  if settings.forward.tile % between:
+    raise ValueError(
+      f'selective_scan: tiles of {settings.forward.tile} tokens forward are no whole number of '
+      f'those of {between} backward, before each of which a state is kept'
+    )
+  shapes = {
+    'y_ptr': inputs.x,
+    'h_ptr': _float32(batch, channels, states),
+    'saved_ptr': _float32(batch, -(-length // between), channels, states) if save else None,
+    'ungated_ptr': inputs.x if save and inputs.z is not None else None,
+  }
+  arrays = _kernel_inputs(inputs, starts) | {'h0_ptr': inputs.h0}
+  return _call(
+    triton_forward.forward, settings.forward, settings, inputs, arrays, shapes, SAVE=between
+  ).values()
 
 
 def _backward(settings, residuals, cotangents):
   from ssm_moe.ops.selective_scan import triton_backward
 
-  inputs, starts, saved = residuals
+  inputs, starts, saved, ungated = residuals
   dy, dh = cotangents
   sizes = settings.backward
   batch, length, channels = inputs.x.shape
@@ -234,13 +242,13 @@ def _backward(settings, residuals, cotangents):
     'dbias_ptr': None if inputs.dt_bias is None else _float32(batch, channels),
     'dh0_ptr': inputs.h0,
   }
-  arrays = _kernel_inputs(inputs, starts) | {'saved_ptr': saved, 'dy_ptr': dy, 'dh_ptr': dh}
-  absent = {name: None for name, shape in shapes.items() if shape is None}
-  present = {name: shape for name, shape in shapes.items() if shape is not None}
-  results = _call(
-    triton_backward.backward, sizes, settings, inputs, arrays, absent, list(present.values())
-  )
-  results = absent | dict(zip(present, results))
+  arrays = _kernel_inputs(inputs, starts) | {
+    'saved_ptr': saved,
+    'ungated_ptr': ungated,
+    'dy_ptr': dy,
+    'dh_ptr': dh,
+  }
+  results = _call(triton_backward.backward, sizes, settings, inputs, arrays, shapes)
   dB, dC = _add_parts(results['dBC_ptr'], inputs.B, inputs.C)
 
   def over_rows(v):
@@ -305,15 +313,17 @@ def _kernel_inputs(inputs: _Inputs, starts: Int[Array, 'B L'] | None) -> dict[st
   }
 
 
-def _call(kernel, sizes: BlockSizes, settings: _Settings, inputs: _Inputs, arrays, absent, outputs):
-  """Starts a kernel: `arrays` by name, and None for what is not there, as for `absent` outputs."""
+def _call(kernel, sizes: BlockSizes, settings, inputs, arrays, shapes, **constants):
+  """Starts a kernel. Returns its outputs by name; where a shape is None there is none."""
   batch, length, channels = inputs.x.shape
   states = inputs.A.shape[1]
-  return gpu_kernels.call(
+  present = {name: shape for name, shape in shapes.items() if shape is not None}
+  absent = dict.fromkeys(shapes.keys() - present.keys())
+  outputs = gpu_kernels.call(
     **arrays,
     **absent,
     kernel=kernel,
-    out_type=tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in outputs),
+    out_type=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in present.values()],
     grid=(-(-channels // _program_channels(states, sizes)), batch, 1),
     name=f'selective_scan_{kernel.fn.__name__}',
     options={'num_warps': sizes.warps, 'maxnreg': sizes.max_registers},
@@ -326,20 +336,13 @@ def _call(kernel, sizes: BlockSizes, settings: _Settings, inputs: _Inputs, array
     W=sizes.warps,
     STAGES=sizes.stages,
     SOFTPLUS=settings.dt_softplus,
+    **constants,
   )
+  return dict.fromkeys(shapes) | dict(zip(present, outputs))
 
 
 def _program_channels(states: int, sizes: BlockSizes) -> int:
   return 32 // (states // sizes.states_per_thread) * sizes.warps
-
-
-def _same_tiles(settings: _Settings) -> BlockSizes:
-  if settings.forward.tile != settings.backward.tile:
-    raise ValueError(
-      f'selective_scan: tiles of {settings.forward.tile} tokens forward and '
-      f'{settings.backward.tile} backward; the states kept are those before each tile'
-    )
-  return settings.forward
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:

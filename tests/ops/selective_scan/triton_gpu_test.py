@@ -84,9 +84,20 @@ def test_other_sizes_compile(sizes):
 
 
 def test_few_programs_take_more_threads_for_a_channel():
-  assert triton_gpu.default_block_sizes(8, 2048, 16) == triton_gpu.BlockSizes()
-  assert triton_gpu.default_block_sizes(1, 4096, 16).states_per_thread == 4
-  assert triton_gpu.default_block_sizes(1, 4096, 32).states_per_thread == 8
+  def states_per_thread(*sizes):
+    return [each.states_per_thread for each in triton_gpu.default_block_sizes(*sizes)]
+
+  assert states_per_thread(8, 2048, 16) == [8, 8]
+  assert states_per_thread(1, 4096, 16) == [4, 4]
+  assert states_per_thread(1, 4096, 32) == [8, 8]
+
+
+def test_states_are_kept_where_the_backward_kernel_begins_a_tile():
+  case = cases.CASES[0]
+  arguments = cases.make_inputs(case, jax.random.key(0))
+  sizes = (triton_gpu.BlockSizes(tile=16), triton_gpu.BlockSizes(tile=32))
+  with pytest.raises(ValueError, match='tiles of 16 tokens forward are no whole number'):
+    triton_gpu.selective_scan(**arguments, block_sizes=sizes)
 
 
 def test_it_is_refused_with_a_reason():

@@ -18,7 +18,9 @@ from ssm_moe.ops.grouped_matmul.triton_gpu import Blocks
 CANDIDATES = (
   Blocks(),
   Blocks(band=4),
-  Blocks(band=16),
+  Blocks(band=8),
+  Blocks(parts=1),
+  Blocks(parts=4),
   Blocks(stages=3),
   Blocks(inner=128, stages=2),
   Blocks(columns=128),

@@ -7,9 +7,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ssm_moe.ops.grouped_matmul.hopper_tiles import (
   allocate_stages,
+  cut_columns,
   next_stage,
   product_layout,
-  write_tile,
+  to_words,
+  write_parts,
   write_zeros,
 )
 
@@ -102,6 +104,20 @@ def _clear_rows(block, count):
 
 
 @gluon.jit
+def _multiply(acc, a, b, ready, stage, phase, rest, add, T: gl.constexpr):
+  """Starts the multiplication of a stage, when it has come, of which `rest` rows count."""
+  mbarrier.wait(ready.index(stage), phase)
+  if rest < T.block_inner:
+    # What comes after is another group's. Both, as infinities times zero were none.
+    _clear_rows(a.index(stage), rest)
+    _clear_rows(b.index(stage), rest)
+    hopper.fence_async_shared()
+    gl.barrier()
+  a_block = a.index(stage).permute((1, 0))
+  return hopper.warpgroup_mma(a_block, b.index(stage), acc, use_acc=add, is_async=True)
+
+
+@gluon.jit
 def gradient_kernel(rows, dy, sizes_ptr, y_ptr, T: gl.constexpr):
   """Sums the outer products of rows and cotangents of each group.
 
@@ -131,21 +147,24 @@ def gradient_kernel(rows, dy, sizes_ptr, y_ptr, T: gl.constexpr):
   stage = zero
   phase = zero
   acc = gl.zeros([T.block_rows, T.block_columns], gl.float32, layout=acc_layout)
+  PARTS: gl.constexpr = T.parts
+  # Of the tile before, and there is none yet.
+  write_row = zero
+  write_count = zero
+  write_column = zero
   while size > 0:
-    for step in range(gl.cdiv(size, T.block_inner)):
-      mbarrier.wait(ready.index(stage), phase)
+    words = cut_columns(to_words(acc, rows.dtype), PARTS)
+    acc = _multiply(acc, a, b, ready, stage, phase, size, False, T)
+    stage, phase = next_stage(stage, phase, T)
+    # Free is now the stage that was read one step before.
+    ahead = _load_for_gradient(ahead, rows, dy, order, a, b, ready, T)
+    write_parts(words, 0, PARTS, y_ptr, write_row, write_count, write_column, T)
+    acc = hopper.warpgroup_mma_wait(1, deps=(acc,))  # for nothing, but its type
+    for step in range(1, gl.cdiv(size, T.block_inner)):
       rest = size - step * T.block_inner
-      if rest < T.block_inner:
-        # What comes after is another group's. Both, as infinities times zero were none.
-        _clear_rows(a.index(stage), rest)
-        _clear_rows(b.index(stage), rest)
-        hopper.fence_async_shared()
-        gl.barrier()
-      a_block = a.index(stage).permute((1, 0))
-      acc = hopper.warpgroup_mma(a_block, b.index(stage), acc, use_acc=step > 0, is_async=True)
+      acc = _multiply(acc, a, b, ready, stage, phase, rest, True, T)
       acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
       stage, phase = next_stage(stage, phase, T)
-      # Free is now the stage that was read one step before.
       ahead = _load_for_gradient(ahead, rows, dy, order, a, b, ready, T)
     write_row = group * T.inputs + row
     write_count = T.inputs - row
@@ -154,7 +173,8 @@ def gradient_kernel(rows, dy, sizes_ptr, y_ptr, T: gl.constexpr):
     tile = _next_tile(tile)
     size, first_row, group, row, column = _place_gradient(tile, order, T)
     acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
-    write_tile(acc.to(rows.dtype), y_ptr, write_row, write_count, write_column, T)
+  words = cut_columns(to_words(acc, rows.dtype), PARTS)
+  write_parts(words, 0, PARTS, y_ptr, write_row, write_count, write_column, T)
 
   while tile < T.num_groups * T.row_tiles * T.column_tiles:
     size, first_row, group, row, column = _place_gradient(tile, order, T)

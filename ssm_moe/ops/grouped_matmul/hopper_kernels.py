@@ -95,6 +95,7 @@ def _tiling(blocks, *, num_groups, outputs, **others) -> Tiling:
     block_inner=blocks.inner,
     stages=blocks.stages,
     band=blocks.band,
+    parts=blocks.parts,
     **others,
   )
 

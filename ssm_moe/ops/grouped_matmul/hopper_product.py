@@ -7,9 +7,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ssm_moe.ops.grouped_matmul.hopper_tiles import (
   allocate_stages,
+  cut_columns,
   next_stage,
   product_layout,
-  write_tile,
+  to_words,
+  write_parts,
   write_zeros,
 )
 
@@ -70,6 +72,16 @@ def _load_for_product(state, rows, weights, sizes_ptr, a, b, ready, T: gl.conste
 
 
 @gluon.jit
+def _multiply(acc, a, b, ready, stage, phase, add, weights, T: gl.constexpr):
+  """Starts the multiplication of a stage, when it has come."""
+  mbarrier.wait(ready.index(stage), phase)
+  b_block = b.index(stage).reshape(weights.block_type.shape[1:])
+  if T.transposed:
+    b_block = b_block.permute((1, 0))
+  return hopper.warpgroup_mma(a.index(stage), b_block, acc, use_acc=add, is_async=True)
+
+
+@gluon.jit
 def product_kernel(rows, weights, sizes_ptr, y_ptr, T: gl.constexpr):
   """Multiplies each row with the matrix of its group; zeros for rows of no group.
 
@@ -92,7 +104,7 @@ def product_kernel(rows, weights, sizes_ptr, y_ptr, T: gl.constexpr):
   group, first_tile, first_row, size = _find_tile(
     sizes_ptr, tile, zero, zero, zero, gl.load(sizes_ptr), T
   )
-  row, count, column = _place(tile - first_tile, size, T)
+  row, _, column = _place(tile - first_tile, size, T)
   # What is loaded is ahead of what is multiplied, and has a state of its own.
   ahead = (tile, group, first_tile, first_row, size, first_row + row, column, zero, zero)
   for _ in gl.static_range(STAGES - 1):
@@ -101,29 +113,43 @@ def product_kernel(rows, weights, sizes_ptr, y_ptr, T: gl.constexpr):
   stage = zero
   phase = zero
   acc = gl.zeros([T.block_rows, T.block_columns], gl.float32, layout=acc_layout)
+  PARTS: gl.constexpr = T.parts
+  FIRST_STEPS: gl.constexpr = T.first_steps
+  # Of the tile before, and there is none yet.
+  write_row = zero
+  write_count = zero
+  write_column = zero
   while group < T.num_groups:
-    for step in range(T.steps):
-      mbarrier.wait(ready.index(stage), phase)
-      b_block = b.index(stage).reshape(weights.block_type.shape[1:])
-      if T.transposed:
-        b_block = b_block.permute((1, 0))
-      acc = hopper.warpgroup_mma(a.index(stage), b_block, acc, use_acc=step > 0, is_async=True)
-      acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
+    words = cut_columns(to_words(acc, rows.dtype), PARTS)
+    for step in gl.static_range(FIRST_STEPS):
+      acc = _multiply(acc, a, b, ready, stage, phase, step > 0, weights, T)
+      if step > 0:
+        # Two steps are started now, so that the second is there when the first is done.
+        write_parts(words, step - 1, step, y_ptr, write_row, write_count, write_column, T)
+        acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
       stage, phase = next_stage(stage, phase, T)
       # Free is now the stage that was read one step before.
       ahead = _load_for_product(ahead, rows, weights, sizes_ptr, a, b, ready, T)
+    # None are left, unless there are few steps.
+    write_parts(words, FIRST_STEPS - 1, PARTS, y_ptr, write_row, write_count, write_column, T)
+    if T.steps > FIRST_STEPS:
+      for _step in range(FIRST_STEPS, T.steps):
+        acc = _multiply(acc, a, b, ready, stage, phase, True, weights, T)
+        acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
+        stage, phase = next_stage(stage, phase, T)
+        ahead = _load_for_product(ahead, rows, weights, sizes_ptr, a, b, ready, T)
+    # Before the wait, while the tensor cores still work.
+    row, count, write_column = _place(tile - first_tile, size, T)
     write_row = first_row + row
     # Sizes that add up to more than there are rows must not write outside.
     write_count = gl.minimum(count, T.num_rows - write_row)
-    write_column = column
-    # Before the wait, while the tensor cores still work.
     tile += gl.num_programs(0)
     group, first_tile, first_row, size = _find_tile(
       sizes_ptr, tile, group, first_tile, first_row, size, T
     )
-    row, count, column = _place(tile - first_tile, size, T)
     acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
-    write_tile(acc.to(rows.dtype), y_ptr, write_row, write_count, write_column, T)
+  words = cut_columns(to_words(acc, rows.dtype), PARTS)
+  write_parts(words, 0, PARTS, y_ptr, write_row, write_count, write_column, T)
 
   # All groups are passed: first_row is the first row of no group, and in the tile first_tile.
   rest = T.num_rows - first_row

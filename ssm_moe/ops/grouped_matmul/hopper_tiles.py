@@ -3,8 +3,11 @@
 Each kernel keeps one program on each multiprocessor, which goes from tile to tile of the output.
 Blocks of the operands come through the tensor memory accelerator (TMA), several stages ahead and
 across the border of tiles, and are multiplied by asynchronous warpgroup instructions out of shared
-memory. While the tensor cores work, the same warps start the next copies, so nothing waits but for
-the epilogue: rounding, and writing out of registers.
+memory. While the tensor cores work, the same warps start the next copies.
+
+A tile that is done is rounded to registers of its own, and written after the first steps of the
+next have started: the tensor cores do not wait for it, and the multiprocessors do not all write at
+once.
 """
 
 import dataclasses
@@ -31,7 +34,8 @@ class Tiling:
     block_columns: Of a tile of the output.
     block_inner: Of the axis that is summed over, in a stage.
     stages: Blocks of each operand in shared memory.
-      band: Tiles of rows to go through before the next tile of columns.
+    band: Tiles of rows to go through before the next tile of columns.
+    parts: Parts of a tile's columns, each written while the next tile is multiplied; 1, 2 or 4.
   """
 
   num_groups: int
@@ -48,24 +52,29 @@ class Tiling:
   block_inner: int
   stages: int
   band: int
+  parts: int
+
+  @property
+  def first_steps(self) -> int:
+    """Steps of a tile in whose time the tile before is written."""
+    return min(self.parts + 1, self.steps)
 
 
 @gluon.constexpr_function
-def _written_layout(T, warps):
-  """Returns a layout of a tile in which a thread has 16 bytes side by side.
+def _written_layout(shape, warps):
+  """Returns a layout of words of a tile: a thread has four, 16 bytes, side by side.
 
   A warp has the rows that it has of the product, so values change between its lanes only.
   """
-  columns = T.block_columns.bit_length() - 1
-  registers = [[0, 1], [0, 2], [0, 4], [8, 0]] + [[0, 1 << i] for i in range(5, columns)]
-  lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+  rows, columns = shape
+  registers = [[0, 1], [0, 2], [8, 0]] + [[0, 1 << i] for i in range(4, columns.bit_length() - 1)]
+  lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
   warp_rows = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
   more_rows = 16 * warps
-  while more_rows < T.block_rows:
+  while more_rows < rows:
     registers.append([more_rows, 0])
     more_rows *= 2
-  shape = [T.block_rows, T.block_columns]
-  return gl.DistributedLinearLayout(registers, lanes, warp_rows, [], shape)
+  return gl.DistributedLinearLayout(registers, lanes, warp_rows, [], [rows, columns])
 
 
 @gluon.constexpr_function
@@ -93,24 +102,74 @@ def next_stage(stage, phase, T: gl.constexpr):
 
 
 @gluon.jit
-def write_tile(tile, y_ptr, row, count, column, T: gl.constexpr):
-  """Writes the first `count` rows of a tile from y[row, column] on."""
-  layout: gl.constexpr = _written_layout(T, gl.num_warps())
-  values = gl.convert_layout(tile, layout)
-  rows = gl.arange(0, T.block_rows, layout=gl.SliceLayout(1, layout))[:, None]
-  columns = gl.arange(0, T.block_columns, layout=gl.SliceLayout(0, layout))[None, :]
+def to_words(values, dtype: gl.constexpr):
+  """Rounds float32 to 16 bits, and puts two columns in one word of 32.
+
+  By name, as the compiler would spend a register on each 16 bits.
+  """
+  low, high = values.reshape([values.shape[0], values.shape[1] // 2, 2]).split()
+  if dtype == gl.bfloat16:
+    instruction: gl.constexpr = 'cvt.rn.bf16x2.f32 $0, $2, $1;'
+  else:
+    instruction: gl.constexpr = 'cvt.rn.f16x2.f32 $0, $2, $1;'
+  return gl.inline_asm_elementwise(
+    instruction, '=r,r,r', [low, high], dtype=gl.int32, is_pure=False, pack=1
+  )
+
+
+@gluon.jit
+def _pointer_to_words(y_ptr):
+  return y_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+
+
+@gluon.jit
+def write_tile(words, y_ptr, row, count, column, T: gl.constexpr):
+  """Writes the first `count` rows of a tile, or of part of its columns, from y[row, column] on."""
+  layout: gl.constexpr = _written_layout(words.shape, gl.num_warps())
+  OUTPUTS: gl.constexpr = T.outputs // 2
+  words = gl.convert_layout(words, layout)
+  rows = gl.arange(0, words.shape[0], layout=gl.SliceLayout(1, layout))[:, None]
+  columns = gl.arange(0, words.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
   # What the compiler must know for writes of 16 bytes.
-  column = gl.multiple_of(column, 8)
+  column = gl.multiple_of(column // 2, 4)
   mask = rows < count
   if T.outputs % T.block_columns != 0:
-    mask = mask & (columns < T.outputs - column)
-  first = y_ptr + row.to(gl.int64) * T.outputs + column
-  gl.store(first + (rows * T.outputs + columns), values, mask=mask)
+    mask = mask & (columns < OUTPUTS - column)
+  first = _pointer_to_words(y_ptr) + row.to(gl.int64) * OUTPUTS + column
+  gl.store(first + (rows * OUTPUTS + columns), words, mask=mask)
+
+
+@gluon.jit
+def _halves(words):
+  shape: gl.constexpr = [words.shape[0], 2, words.shape[1] // 2]
+  return words.reshape(shape).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def cut_columns(words, PARTS: gl.constexpr):
+  """Returns `words` in 1, 2 or 4 parts, which moves nothing."""
+  parts = (words,)
+  if PARTS > 1:
+    left, right = _halves(words)
+    parts = (left, right)
+    if PARTS > 2:
+      first, second = _halves(left)
+      third, fourth = _halves(right)
+      parts = (first, second, third, fourth)
+  return parts
+
+
+@gluon.jit
+def write_parts(
+  words, START: gl.constexpr, END: gl.constexpr, y_ptr, row, count, column, T: gl.constexpr
+):
+  for part in gl.static_range(START, END):
+    first = column + part * (T.block_columns // T.parts)
+    write_tile(words[part], y_ptr, row, count, first, T)
 
 
 @gluon.jit
 def write_zeros(y_ptr, row, count, column, T: gl.constexpr):
-  layout: gl.constexpr = _written_layout(T, gl.num_warps())
-  shape: gl.constexpr = [T.block_rows, T.block_columns]
-  zeros = gl.zeros(shape, y_ptr.dtype.element_ty, layout=layout)
-  write_tile(zeros, y_ptr, row, count, column, T)
+  shape: gl.constexpr = [T.block_rows, T.block_columns // 2]
+  layout: gl.constexpr = _written_layout(shape, gl.num_warps())
+  write_tile(gl.zeros(shape, gl.int32, layout=layout), y_ptr, row, count, column, T)

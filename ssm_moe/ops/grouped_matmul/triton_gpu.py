@@ -31,6 +31,7 @@ class Blocks:
     warps: 4 or 8. A warpgroup, 4 warps, has 64 of the rows or a multiple.
     programs: On each multiprocessor.
     band: Tiles of rows to go through before the next tile of columns.
+    parts: 1, 2 or 4: a tile is written in so many, while the next is multiplied.
   """
 
   rows: int = 128
@@ -39,7 +40,8 @@ class Blocks:
   stages: int = 4
   warps: int = 8
   programs: int = 1
-  band: int = 8
+  band: int = 16
+  parts: int = 2
 
 
 @dataclasses.dataclass(frozen=True)

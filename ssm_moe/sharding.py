@@ -62,6 +62,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   )
 
 
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Lays an activation out by its logical axes on the mesh that is traced for, if any."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    return x
+  return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(axes, RULES))
+
+
 def batch_divisor(mesh: Mesh) -> int:
   """Returns the number of devices that rows of a batch are split over."""
   return mesh.shape['data'] * mesh.shape['fsdp'] * mesh.shape['expert']

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from ssm_moe import sharding
 from ssm_moe.config import ConfigError, ModelConfig
 from ssm_moe.layers import initializers
 from ssm_moe.layers.norm import make_norm
@@ -113,12 +114,15 @@ class LM(nn.Module):
     return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
   def _embed(self, tokens: Array) -> Array:
-    return self.embedding.astype(jnp.dtype(self.config.residual_dtype))[tokens]
+    x = self.embedding.astype(jnp.dtype(self.config.residual_dtype))[tokens]
+    return sharding.constrain(x, 'batch', *(None,) * (x.ndim - 1))
 
   def _normalize(self, x: Array) -> Array:
     if self.config.final_norm:
       x = self.final_norm(x.astype(jnp.float32))
-    return x.astype(jnp.dtype(self.config.dtype))
+    return sharding.constrain(
+      x.astype(jnp.dtype(self.config.dtype)), 'batch', *(None,) * (x.ndim - 1)
+    )
 
   def _stack(self, in_axes: dict[str, Any]) -> nn.Module:
     """Returns all periods as one module, its parameters stacked over them."""

@@ -76,11 +76,11 @@ class Program:
 
 
 def _for_mesh(function: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-  """Lets the ops that are traced in `function` know how many devices it is for."""
+  """Lets what is traced in `function` know how many devices it is for, and by which axes."""
 
   @functools.wraps(function)
   def traced(*arguments):
-    with implementation.on_devices(mesh.size):
+    with implementation.on_devices(mesh.size), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return function(*arguments)
 
   return traced

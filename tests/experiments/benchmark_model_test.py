@@ -34,6 +34,7 @@ def _run(*arguments):
   )
 
 
+@pytest.mark.slow
 def test_times_a_small_model():
   result = _run(
     '--models=mamba_rom',

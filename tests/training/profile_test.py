@@ -79,6 +79,7 @@ class TestRun:
     assert _traced_steps(tmp_path) == [4, 5]
     assert 'profile  steps 2 to 5 are done already' in capfd.readouterr().err
 
+  @pytest.mark.slow
   def test_a_run_that_ends_early_leaves_what_it_has_traced(
     self, text, tmp_path, monkeypatch, capfd
   ):

@@ -117,7 +117,7 @@ def backward(
   channel_some = gl.arange(0, BD, layout=gl.SliceLayout(0, some))
   mask_some = channel_some < D - d0
 
-  # After `_sum_over_lanes` a thread holds one state of dB or dC, of one warp's 32 / NT channels.
+  # After `sum_over_lanes` a thread holds one state of dB or dC, of one warp's 32 / NT channels.
   channel_of_lane = gl.arange(0, BD, layout=gl.SliceLayout(1, states))[:, None]
   lane = gl.arange(0, NT, layout=gl.SliceLayout(0, states))[None, :] * (32 // NT)
   lane = lane + channel_of_lane % (32 // NT)

@@ -128,6 +128,11 @@ def selective_scan(
   if block_sizes is None:
     block_sizes = default_block_sizes(x.shape[0], d_inner, states)
   settings = _Settings(*block_sizes, dt_softplus)
+  if settings.forward.tile % settings.backward.tile:
+    raise ValueError(
+      f'selective_scan: tiles of {settings.forward.tile} tokens forward are no whole number of '
+      f'those of {settings.backward.tile} backward, before each of which a state is kept'
+    )
   starts = None if segment_ids is None else segment_starts(segment_ids).astype(jnp.int32)
   # A thread copies 16 bytes at a time, so rows begin at multiples of that.
   more_channels = -d_inner % 8
@@ -196,11 +201,6 @@ def _run_forward(settings, inputs, starts, *, save):
   batch, length, channels = inputs.x.shape
   states = inputs.A.shape[1]
   between = settings.backward.tile
-  if settings.forward.tile % between:
-    raise ValueError(
-      f'selective_scan: tiles of {settings.forward.tile} tokens forward are no whole number of '
-      f'those of {between} backward, before each of which a state is kept'
-    )
   shapes = {
     'y_ptr': inputs.x,
     'h_ptr': _float32(batch, channels, states),

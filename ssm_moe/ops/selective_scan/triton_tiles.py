@@ -85,7 +85,7 @@ def stack(values):
 
 @gluon.jit
 def unstack(value, AXES: gl.constexpr):
-  """Takes the last AXES axes, of 2 each, apart: the inverse of `_stack`."""
+  """Takes the last AXES axes, of 2 each, apart: the inverse of `stack`."""
   values = (value,)
   for _ in gl.static_range(AXES):
     low = ()

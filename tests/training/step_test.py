@@ -148,7 +148,7 @@ def test_eight_devices_equal_one(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['rom', 'hybrid'])
+@pytest.mark.parametrize('name', ['rom'])  # attention's state: tests/layers, tests/models
 def test_carried_state_equals_one_long_window(name):
   # Two windows with the state carried give the losses of one window twice as long.
   config = dataclasses.replace(_config(name), data=DataConfig(carry_state=True))

@@ -124,8 +124,8 @@ def feed_forwards() -> list[OpBenchmark]:
   def planned(make_plan):
     def run(inputs, expert_index):
       plan = make_plan(expert_index, num_experts)
-      rows = jax.nn.relu(plan.matmul(plan.dispatch(inputs['x']), inputs['wi']))
-      return plan.combine(plan.matmul(rows, inputs['wo']), inputs['weights'])
+      matrices = (inputs['wi'], inputs['wo'])
+      return plan.apply(inputs['x'], matrices, inputs['weights'], between=jax.nn.relu)
 
     return run
 

@@ -1,7 +1,7 @@
-"""Moving tokens to their experts and back: plan once, `dispatch`, `matmul`, `combine`.
+"""Moving tokens to their experts and back: plan once, `apply` to any number of projections.
 
-A plan is made from one routing decision and serves any number of projections. Three kinds obey the
-same contract and agree to rounding whenever nothing is dropped:
+To apply is to `dispatch`, `matmul` and `combine`. Three kinds of plan obey the same contract, and
+agree to rounding whenever nothing is dropped:
 
   dense     every expert on every token, of which the chosen are kept: the oracle
   capacity  a fixed number of rows for each expert; what is over is dropped (Switch)
@@ -9,11 +9,10 @@ same contract and agree to rounding whenever nothing is dropped:
 
 An expert index of E, the number of experts, is no expert: what comes back for it is zero. A fourth
 plan is made from what experts chose, not tokens: `ExpertChoicePlan`.
-
-Between the calls, rows may pass through any elementwise function.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -22,11 +21,56 @@ from flax import struct
 
 from ssm_moe.config import RoutingConfig
 from ssm_moe.ops import implementation
-from ssm_moe.ops.grouped_matmul import grouped_matmul
+from ssm_moe.ops.grouped_matmul import RowOrder, grouped_matmul
 from ssm_moe.shapes import Array, Bool, Float, Int
 
 
-class DensePlan(struct.PyTreeNode):
+class Plan(struct.PyTreeNode):
+  """What is made of one routing decision. Which axes rows have is the plan's own matter.
+
+  Attributes:
+    dropped: Assignments that no row has; None if that cannot be.
+  """
+
+  def dispatch(self, x: Float[Array, 'T *M']) -> Float[Array, '...']:
+    """Returns the rows of tokens."""
+    raise NotImplementedError
+
+  def matmul(
+    self, rows: Float[Array, '...'], weights: Float[Array, 'E M *F']
+  ) -> Float[Array, '...']:
+    """Multiplies each row with its expert's matrix."""
+    raise NotImplementedError
+
+  def combine(
+    self, rows: Float[Array, '...'], weights: Float[Array, 'T K'] | None = None
+  ) -> Float[Array, 'T *M']:
+    """Adds up the rows of each token, each times its weight."""
+    raise NotImplementedError
+
+  def apply(
+    self,
+    x: Float[Array, 'T M'],
+    matrices: Sequence[Float[Array, 'E M *F']],
+    weights: Float[Array, 'T K'] | None = None,
+    *,
+    between: Callable[[Array], Array] = lambda rows: rows,
+  ) -> Float[Array, 'T *F']:
+    """Returns sum_k w_k f_k(x), where f_e multiplies by the matrices of expert e in turn.
+
+    Args:
+      x: Tokens, in the dtype of the matrices.
+      matrices: One or more for each expert.
+      weights: Of each token's experts; 1 if None.
+      between: An elementwise function of what one matrix gives the next.
+    """
+    rows = self.matmul(self.dispatch(x), matrices[0])
+    for matrix in matrices[1:]:
+      rows = self.matmul(between(rows), matrix)
+    return self.combine(rows, weights)
+
+
+class DensePlan(Plan):
   """Every expert on every token. Rows are [E, T, ...]."""
 
   expert_index: Int[Array, 'T K']
@@ -51,25 +95,23 @@ class DensePlan(struct.PyTreeNode):
     return jnp.einsum('te,et...->t...', chosen, rows.astype(jnp.float32)).astype(rows.dtype)
 
 
-class SparsePlan(struct.PyTreeNode):
+class SparsePlan(Plan):
   """Rows hold the chosen pairs of token and expert only. S is their number.
 
   Attributes:
-    row_assignment: Which assignment, t * K + k, stands in each row; T * K in an empty row.
-    assignment_row: Which row each assignment stands in; S if it was dropped.
+    order: Which assignment stands in which row; those that were dropped in none.
     group_sizes: Rows of each expert.
     dropped: Assignments over capacity; None if there is no limit.
     expert_capacity: Rows of every expert, filled or not; None if rows are as many as needed.
   """
 
-  row_assignment: Int[Array, 'S']
-  assignment_row: Int[Array, 'T K']
+  order: RowOrder
   group_sizes: Int[Array, 'E']
   dropped: Bool[Array, 'T K'] | None
   expert_capacity: int | None = struct.field(pytree_node=False)
 
   def dispatch(self, x: Float[Array, 'T *M']) -> Float[Array, 'S *M']:
-    return _take_tokens(x, self.row_assignment, self.assignment_row)
+    return self.order.take(x)
 
   def matmul(
     self, rows: Float[Array, 'S M'], weights: Float[Array, 'E M *F']
@@ -81,25 +123,54 @@ class SparsePlan(struct.PyTreeNode):
   def combine(
     self, rows: Float[Array, 'S *M'], weights: Float[Array, 'T K'] | None = None
   ) -> Float[Array, 'T *M']:
-    taken = _take_rows(rows, self.row_assignment, self.assignment_row)
-    if weights is None:
-      return taken.sum(axis=1)
-    # The weights are float32, and carry the router's gradient: multiplied in that precision.
-    if implementation.platform() == 'gpu':
-      # XLA joins these to the gather; the einsum would be one product of matrices for each token.
-      wide = weights.reshape(weights.shape + (1,) * (taken.ndim - 2))
-      return jnp.sum(taken.astype(jnp.float32) * wide, axis=1).astype(rows.dtype)
-    # As an einsum, whose gradient for the weights takes 1 ms; as a product and a sum it took 26 ms
-    # (4096 rows of 512 on a CPU, jax 0.10).
-    return jnp.einsum(
-      'tk...,tk->t...',
-      taken.astype(jnp.float32),
-      weights,
-      precision=jax.lax.Precision.HIGHEST,
-    ).astype(rows.dtype)
+    return _sum_choices(self.order.put(rows), weights)
+
+  def apply(
+    self,
+    x: Float[Array, 'T M'],
+    matrices: Sequence[Float[Array, 'E M *F']],
+    weights: Float[Array, 'T K'] | None = None,
+    *,
+    between: Callable[[Array], Array] = lambda rows: rows,
+  ) -> Float[Array, 'T *F']:
+    if self.expert_capacity is not None:
+      return super().apply(x, matrices, weights, between=between)
+    # Where a kernel can, the products themselves write in the order of tokens.
+    last = len(matrices) - 1
+    for i, matrix in enumerate(matrices):
+      x = grouped_matmul(
+        between(x) if i else x,
+        matrix,
+        self.group_sizes,
+        take=self.order if i == 0 else None,
+        put=self.order if i == last else None,
+      )
+    return _sum_choices(x, weights)
 
 
-class ExpertChoicePlan(struct.PyTreeNode):
+def _sum_choices(
+  chosen: Float[Array, 'T K *M'], weights: Float[Array, 'T K'] | None
+) -> Float[Array, 'T *M']:
+  """Adds up what a token's experts made, each times its weight."""
+  if weights is None:
+    return chosen.sum(axis=1)
+  # The weights are float32, and carry the router's gradient: multiplied in that precision.
+  if implementation.platform() == 'gpu':
+    # XLA joins these to what comes before; the einsum would be one product of matrices for each
+    # token.
+    wide = weights.reshape(weights.shape + (1,) * (chosen.ndim - 2))
+    return jnp.sum(chosen.astype(jnp.float32) * wide, axis=1).astype(chosen.dtype)
+  # As an einsum, whose gradient for the weights takes 1 ms; as a product and a sum it took 26 ms
+  # (4096 rows of 512 on a CPU, jax 0.10).
+  return jnp.einsum(
+    'tk...,tk->t...',
+    chosen.astype(jnp.float32),
+    weights,
+    precision=jax.lax.Precision.HIGHEST,
+  ).astype(chosen.dtype)
+
+
+class ExpertChoicePlan(Plan):
   """Each expert holds the tokens that it chose; a token may be with none, or with all.
 
   Attributes:
@@ -143,9 +214,6 @@ class ExpertChoicePlan(struct.PyTreeNode):
 
   def _row_expert(self) -> Int[Array, 'S']:
     return jnp.arange(self.num_experts).repeat(self.row_token.shape[0] // self.num_experts)
-
-
-Plan = DensePlan | SparsePlan | ExpertChoicePlan
 
 
 def _batched_matmul(rows: Array, weights: Array) -> Array:
@@ -216,10 +284,12 @@ def dropless_plan(expert_index: Int[Array, 'T K'], num_experts: int) -> SparsePl
     .at[row_assignment]
     .set(jnp.arange(num_rows, dtype=row_assignment.dtype), unique_indices=True)
   )
-  ends = jnp.searchsorted(flat[row_assignment], jnp.arange(num_experts), side='right')
+  # Unrolled: as a loop it takes 0.1 ms on an H200, most of it between its small kernels.
+  ends = jnp.searchsorted(
+    flat[row_assignment], jnp.arange(num_experts), side='right', method='scan_unrolled'
+  )
   return SparsePlan(
-    row_assignment=row_assignment,
-    assignment_row=assignment_row.reshape(expert_index.shape),
+    RowOrder(row_assignment, assignment_row.reshape(expert_index.shape)),
     group_sizes=jnp.diff(ends, prepend=0).astype(jnp.int32),
     dropped=None,
     expert_capacity=None,
@@ -276,8 +346,7 @@ def capacity_plan(
     jnp.arange(num_assignments, dtype=jnp.int32), mode='drop'
   )
   return SparsePlan(
-    row_assignment=row_assignment,
-    assignment_row=assignment_row,
+    RowOrder(row_assignment, assignment_row),
     group_sizes=jnp.full((num_experts,), num_groups * expert_capacity, jnp.int32),
     dropped=wanted & ~kept,
     expert_capacity=num_groups * expert_capacity,
@@ -336,45 +405,3 @@ def expert_capacity(
     math.ceil(exact / multiple - 1e-9) if rounding == 'up' else math.floor(exact / multiple + 1e-9)
   )
   return max(steps, 1) * multiple
-
-
-# Both moves are gathers, forward and backward. By automatic differentiation the backward pass of
-# a gather is a scatter-add: on an H200, 0.61 ms for 65536 rows of 1024 against 0.10 ms.
-
-
-@jax.custom_vjp
-def _take_tokens(x, row_assignment, assignment_row):
-  """Returns the token of each row; zeros in empty rows."""
-  top_k = assignment_row.shape[1]
-  return x.at[row_assignment // top_k].get(mode='fill', fill_value=0)
-
-
-def _take_tokens_forward(x, row_assignment, assignment_row):
-  return _take_tokens(x, row_assignment, assignment_row), (row_assignment, assignment_row)
-
-
-def _take_tokens_backward(residuals, d_rows):
-  row_assignment, assignment_row = residuals
-  return _take_rows(d_rows, row_assignment, assignment_row).sum(axis=1), None, None
-
-
-_take_tokens.defvjp(_take_tokens_forward, _take_tokens_backward)
-
-
-@jax.custom_vjp
-def _take_rows(rows, row_assignment, assignment_row):
-  """Returns the row of each assignment; zeros for what was dropped."""
-  return rows.at[assignment_row].get(mode='fill', fill_value=0)
-
-
-def _take_rows_forward(rows, row_assignment, assignment_row):
-  return _take_rows(rows, row_assignment, assignment_row), (row_assignment, assignment_row)
-
-
-def _take_rows_backward(residuals, d_taken):
-  row_assignment, assignment_row = residuals
-  flat = d_taken.reshape(assignment_row.size, *d_taken.shape[2:])
-  return flat.at[row_assignment].get(mode='fill', fill_value=0), None, None
-
-
-_take_rows.defvjp(_take_rows_forward, _take_rows_backward)

@@ -1,5 +1,7 @@
 """The sparse feed-forward layer of MoE-Mamba."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -72,10 +74,12 @@ class MoE(nn.Module):
         drops=drops,
       )
 
-    wi, wo = self._experts(d_model)
-    rows = plan.dispatch(tokens.astype(self.dtype))
-    rows = plan.matmul(activate(plan.matmul(rows, wi), config.activation), wo)
-    y = plan.combine(rows, routing.routes.combine_weights).reshape(batch, length, d_model)
+    y = plan.apply(
+      tokens.astype(self.dtype),
+      self._experts(d_model),
+      routing.routes.combine_weights,
+      between=functools.partial(activate, activation=config.activation),
+    ).reshape(batch, length, d_model)
     if config.num_shared_experts:
       y = y + self._shared_experts(d_model)(x)
     aux = routing_aux(routing, plan.dropped, token_mask, record=self.record_routes)

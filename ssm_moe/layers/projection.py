@@ -52,16 +52,15 @@ class Projection(nn.Module):
       kernel = self._kernel('kernel', self.kernel_init, self.axes, (d_in, *self.features))
       return jnp.einsum('blm,m...->bl...', x, kernel)
 
-    plan = decision.plan
-    rows = plan.dispatch(x.reshape(-1, d_in))
     if self.bottleneck is None:
-      rows = plan.matmul(rows, self._experts('kernel', self.kernel_init, (d_in, *self.features)))
+      matrices = [self._experts('kernel', self.kernel_init, (d_in, *self.features))]
     else:
       down_init, up_init = self.kernel_init, initializers.linear(self.bottleneck)
       down = self._experts('down', down_init, (d_in, self.bottleneck), (self.axes[0], 'mlp'))
       up = self._experts('up', up_init, (self.bottleneck, *self.features), ('mlp', *self.axes[1:]))
-      rows = plan.matmul(jax.nn.relu(plan.matmul(rows, down)), up)
-    y = plan.combine(rows, decision.weights)
+      matrices = [down, up]
+    tokens = x.reshape(-1, d_in)
+    y = decision.plan.apply(tokens, matrices, decision.weights, between=jax.nn.relu)
     return y.reshape(*x.shape[:-1], *self.features)
 
   def _experts(self, name, init, shape, axes=None):

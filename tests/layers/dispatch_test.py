@@ -35,8 +35,7 @@ def _plans(expert_index, capacity=None, num_groups=1):
 
 
 def _layer(plan, x, weights, combine_weights):
-  rows = jax.nn.relu(plan.matmul(plan.dispatch(x), weights))
-  return plan.combine(rows, combine_weights)
+  return plan.apply(x, [weights, weights.swapaxes(1, 2)], combine_weights, between=jax.nn.relu)
 
 
 @pytest.mark.parametrize('weighted', [True, False])
@@ -47,7 +46,7 @@ def test_agrees_with_the_dense_oracle_when_nothing_is_dropped(rng, kind, top_k, 
   expert_index, combine_weights = _routes(keys[0], top_k)
   x = jax.random.normal(keys[1], (_TOKENS, _IN))
   weights = jax.random.normal(keys[2], (_EXPERTS, _IN, _OUT))
-  cotangent = jax.random.normal(keys[3], (_TOKENS, _OUT))
+  cotangent = jax.random.normal(keys[3], (_TOKENS, _IN))
   results = {}
   for name in ('dense', kind):
 
@@ -107,7 +106,7 @@ def test_first_choices_come_before_second_choices():
   plan = dispatch.capacity_plan(expert_index, 2, expert_capacity=2)
   # Expert 0: token 0 first, then token 1's second choice. Expert 1: tokens 1 and 2.
   np.testing.assert_array_equal(plan.dropped, [[0, 1], [0, 0], [0, 1]])
-  np.testing.assert_array_equal(plan.assignment_row == 4, plan.dropped)
+  np.testing.assert_array_equal(plan.order.assignment_row == 4, plan.dropped)
 
 
 def test_tokens_outside_the_mask_take_no_place():
@@ -207,8 +206,8 @@ def test_dropless_rows_are_sorted_and_complete(choices):
   plan = dispatch.dropless_plan(jnp.array(choices)[:, None], _EXPERTS)
   np.testing.assert_array_equal(plan.group_sizes, np.bincount(choices, minlength=_EXPERTS))
   expected = np.argsort(choices, kind='stable')
-  np.testing.assert_array_equal(plan.row_assignment, expected)
-  np.testing.assert_array_equal(plan.assignment_row[:, 0][expected], np.arange(_TOKENS))
+  np.testing.assert_array_equal(plan.order.row_assignment, expected)
+  np.testing.assert_array_equal(plan.order.assignment_row[:, 0][expected], np.arange(_TOKENS))
 
 
 def test_gradients_are_gathers_not_scatters(rng):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ssm_moe.ops import implementation as implementation_lib
 from ssm_moe.ops.grouped_matmul import megablox, reference, tiled, triton_gpu
+from ssm_moe.ops.grouped_matmul.order import RowOrder
 from ssm_moe.shapes import Array, Float, Int
 
 Implementation = Literal['auto', 'reference', 'tiled', 'megablox', 'triton_gpu']
@@ -17,8 +18,10 @@ def grouped_matmul(
   weights: Float[Array, 'E M *F'],
   group_sizes: Int[Array, 'E'],
   *,
+  take: RowOrder | None = None,
+  put: RowOrder | None = None,
   implementation: Implementation = 'auto',
-) -> Float[Array, 'S *F']:
+) -> Float[Array, 'S *F'] | Float[Array, 'T K *F']:
   """Multiplies each row with the matrix of its group.
 
   y_s = rows_s weights_{e(s)},    e(s) the group of row s.
@@ -26,10 +29,14 @@ def grouped_matmul(
   The output axes of the weights may be several; they stay apart, so that each can be sharded.
 
   Args:
-    rows: Sorted by group: the first group_sizes[0] rows belong to group 0, and so on.
+    rows: Sorted by group: the first group_sizes[0] rows belong to group 0, and so on. With `take`,
+      tokens [T, M].
     weights: One matrix for each group, in the dtype of `rows`.
     group_sizes: Rows of each group; any may be zero. They add up to S or less; what is left of the
       rows belongs to no group, and its products are zero.
+    take: Rows are first taken from `rows` in this order, which has all T * K = S assignments.
+    put: Products are put where their assignment is: [T, K, F]. A kernel that can writes them there
+      by itself, here and, with `take`, in the gradient of `rows`; else a gather does.
     implementation: 'auto' selects by backend, and on a TPU or GPU by whether the rows are known to
       be on one device (`ops.implementation.on_one_device`); a name never falls back to another.
 
@@ -44,21 +51,23 @@ def grouped_matmul(
   """
   rows, weights, group_sizes = (jnp.asarray(v) for v in (rows, weights, group_sizes))
   _check(rows, weights, group_sizes)
+  _check_orders(rows, take, put)
   candidates = {
     'megablox': functools.partial(megablox.supports, rows, weights),
     'triton_gpu': functools.partial(triton_gpu.supports, rows, weights),
     'tiled': implementation_lib.always,
     'reference': implementation_lib.always,
   }
-  match implementation_lib.select('grouped_matmul', implementation, candidates):
-    case 'megablox':
-      return megablox.grouped_matmul(rows, weights, group_sizes)
-    case 'triton_gpu':
-      return triton_gpu.grouped_matmul(rows, weights, group_sizes)
-    case 'tiled':
-      return tiled.grouped_matmul(rows, weights, group_sizes)
-    case _:
-      return reference.grouped_matmul(rows, weights, group_sizes)
+  name = implementation_lib.select('grouped_matmul', implementation, candidates)
+  if name == 'triton_gpu':
+    return triton_gpu.grouped_matmul(rows, weights, group_sizes, take=take, put=put)
+  multiply = {
+    'megablox': megablox.grouped_matmul,
+    'tiled': tiled.grouped_matmul,
+    'reference': reference.grouped_matmul,
+  }[name]
+  products = multiply(rows if take is None else take.take(rows), weights, group_sizes)
+  return products if put is None else put.put(products)
 
 
 def _check(rows: Array, weights: Array, group_sizes: Array) -> None:
@@ -86,4 +95,20 @@ def _check(rows: Array, weights: Array, group_sizes: Array) -> None:
   if rows.dtype != weights.dtype:
     raise ValueError(
       f'grouped_matmul: rows are {rows.dtype} and weights {weights.dtype}; give both in one dtype'
+    )
+
+
+def _check_orders(rows: Array, take: RowOrder | None, put: RowOrder | None) -> None:
+  num_rows = rows.shape[0] if take is None else take.row_assignment.shape[0]
+  for name, order in (('take', take), ('put', put)):
+    if order is not None and not num_rows == order.row_assignment.size == order.assignment_row.size:
+      raise ValueError(
+        f'grouped_matmul: {name} has {order.row_assignment.size} rows for '
+        f'{order.assignment_row.size} assignments, and there are {num_rows} rows; all must be one '
+        'number'
+      )
+  if take is not None and rows.shape[0] != take.assignment_row.shape[0]:
+    raise ValueError(
+      f'grouped_matmul: rows has {rows.shape[0]} tokens and take '
+      f'{take.assignment_row.shape[0]}; they must be as many'
     )

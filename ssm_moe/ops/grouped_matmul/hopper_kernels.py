@@ -19,6 +19,7 @@ def multiply(
   group_sizes: Int[Array, 'E'],
   blocks,
   *,
+  to_row: Int[Array, 'S'] | None = None,
   transposed: bool = False,
 ) -> Float[Array, 'S F']:
   """Multiplies each row with the matrix of its group, or with the matrix `transposed`.
@@ -28,6 +29,7 @@ def multiply(
     weights: In the dtype of `rows`.
     group_sizes: int32.
     blocks: `triton_gpu.Blocks`.
+    to_row: Which row of the result each product becomes, a permutation; the same if None.
     transposed: The last axes of `rows` and `weights` are summed over.
   """
   num_rows, inputs = rows.shape
@@ -41,6 +43,7 @@ def multiply(
     outputs=outputs,
     steps=-(-inputs // blocks.inner),
     transposed=transposed,
+    scattered=to_row is not None,
   )
   inner = (blocks.columns, blocks.inner) if transposed else (blocks.inner, blocks.columns)
   return _call(
@@ -50,6 +53,7 @@ def multiply(
     _describe(rows, (blocks.rows, blocks.inner)),
     _describe(weights, (1, *inner)),
     group_sizes,
+    group_sizes if to_row is None else to_row.astype('int32'),  # a pointer, read only if scattered
     out_type=jax.ShapeDtypeStruct((num_rows, outputs), rows.dtype),
   )
 
@@ -72,6 +76,7 @@ def sum_outer_products(
     outputs=outputs,
     steps=0,
     transposed=False,
+    scattered=False,
   )
   return _call(
     gradient_kernel,

@@ -8,6 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from ssm_moe.ops.grouped_matmul.hopper_tiles import (
   allocate_stages,
   cut_columns,
+  find_places,
   next_stage,
   product_layout,
   to_words,
@@ -82,14 +83,14 @@ def _multiply(acc, a, b, ready, stage, phase, add, weights, T: gl.constexpr):
 
 
 @gluon.jit
-def product_kernel(rows, weights, sizes_ptr, y_ptr, T: gl.constexpr):
+def product_kernel(rows, weights, sizes_ptr, places_ptr, y_ptr, T: gl.constexpr):
   """Multiplies each row with the matrix of its group; zeros for rows of no group.
 
   A tile that ends beyond its group multiplies rows of the next, which it does not write.
 
   Arrays and their blocks: rows [S, K], [block_rows, block_inner]; weights [E, K, N],
   [1, block_inner, block_columns], or if transposed [E, N, K], [1, block_columns, block_inner];
-  sizes [E] int32; y [S, N].
+  sizes [E] int32; places [S] int32, if scattered, of each row in y; y [S, N].
   """
   acc_layout: gl.constexpr = product_layout(T, gl.num_warps())
   a = allocate_stages(rows, T)
@@ -115,8 +116,9 @@ def product_kernel(rows, weights, sizes_ptr, y_ptr, T: gl.constexpr):
   acc = gl.zeros([T.block_rows, T.block_columns], gl.float32, layout=acc_layout)
   PARTS: gl.constexpr = T.parts
   FIRST_STEPS: gl.constexpr = T.first_steps
+  PART_WORDS: gl.constexpr = T.block_columns // 2 // T.parts
   # Of the tile before, and there is none yet.
-  write_row = zero
+  write_places = find_places(places_ptr, zero, zero, PART_WORDS, T)
   write_count = zero
   write_column = zero
   while group < T.num_groups:
@@ -125,13 +127,13 @@ def product_kernel(rows, weights, sizes_ptr, y_ptr, T: gl.constexpr):
       acc = _multiply(acc, a, b, ready, stage, phase, step > 0, weights, T)
       if step > 0:
         # Two steps are started now, so that the second is there when the first is done.
-        write_parts(words, step - 1, step, y_ptr, write_row, write_count, write_column, T)
+        write_parts(words, step - 1, step, y_ptr, write_places, write_count, write_column, T)
         acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
       stage, phase = next_stage(stage, phase, T)
       # Free is now the stage that was read one step before.
       ahead = _load_for_product(ahead, rows, weights, sizes_ptr, a, b, ready, T)
     # None are left, unless there are few steps.
-    write_parts(words, FIRST_STEPS - 1, PARTS, y_ptr, write_row, write_count, write_column, T)
+    write_parts(words, FIRST_STEPS - 1, PARTS, y_ptr, write_places, write_count, write_column, T)
     if T.steps > FIRST_STEPS:
       for _step in range(FIRST_STEPS, T.steps):
         acc = _multiply(acc, a, b, ready, stage, phase, True, weights, T)
@@ -143,18 +145,20 @@ def product_kernel(rows, weights, sizes_ptr, y_ptr, T: gl.constexpr):
     write_row = first_row + row
     # Sizes that add up to more than there are rows must not write outside.
     write_count = gl.minimum(count, T.num_rows - write_row)
+    write_places = find_places(places_ptr, write_row, write_count, PART_WORDS, T)
     tile += gl.num_programs(0)
     group, first_tile, first_row, size = _find_tile(
       sizes_ptr, tile, group, first_tile, first_row, size, T
     )
     acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
   words = cut_columns(to_words(acc, rows.dtype), PARTS)
-  write_parts(words, 0, PARTS, y_ptr, write_row, write_count, write_column, T)
+  write_parts(words, 0, PARTS, y_ptr, write_places, write_count, write_column, T)
 
   # All groups are passed: first_row is the first row of no group, and in the tile first_tile.
   rest = T.num_rows - first_row
   place = tile - first_tile
   while place < gl.cdiv(rest, T.block_rows) * T.column_tiles:
     row, count, column = _place(place, rest, T)
-    write_zeros(y_ptr, first_row + row, count, column, T)
+    places = find_places(places_ptr, first_row + row, count, T.block_columns // 2, T)
+    write_zeros(y_ptr, places, count, column, T)
     place += gl.num_programs(0)

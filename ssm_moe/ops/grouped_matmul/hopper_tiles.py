@@ -30,6 +30,7 @@ class Tiling:
     column_tiles: Tiles of the output in its last axis.
     steps: Blocks to sum over; for the gradient, the group's rows decide.
     transposed: The matrices are [E, N, K], not [E, K, N].
+    scattered: Each row of the output has its own place, which is read from an array.
     block_rows: Of a tile of the output.
     block_columns: Of a tile of the output.
     block_inner: Of the axis that is summed over, in a stage.
@@ -47,6 +48,7 @@ class Tiling:
   column_tiles: int
   steps: int
   transposed: bool
+  scattered: bool
   block_rows: int
   block_columns: int
   block_inner: int
@@ -122,9 +124,32 @@ def _pointer_to_words(y_ptr):
   return y_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
 
 
+@gluon.constexpr_function
+def _row_layout(rows, columns, warps):
+  return gl.SliceLayout(1, _written_layout([rows, columns], warps))
+
+
 @gluon.jit
-def write_tile(words, y_ptr, row, count, column, T: gl.constexpr):
-  """Writes the first `count` rows of a tile, or of part of its columns, from y[row, column] on."""
+def find_places(places_ptr, row, count, COLUMNS: gl.constexpr, T: gl.constexpr):
+  """Returns where a tile's rows go: its first row or, if scattered, the place of each row.
+
+  Args:
+    places_ptr: int32 [S].
+    row: First of the tile.
+    count: Rows to write.
+    COLUMNS: How many words of a row are written at a time.
+  """
+  places = row
+  if T.scattered:
+    layout: gl.constexpr = _row_layout(T.block_rows, COLUMNS, gl.num_warps())
+    rows = gl.arange(0, T.block_rows, layout=layout)
+    places = gl.load(places_ptr + row + rows, mask=rows < count, other=0)
+  return places
+
+
+@gluon.jit
+def write_tile(words, y_ptr, places, count, column, T: gl.constexpr):
+  """Writes the first `count` rows of a tile, or of part of its columns, to their places in y."""
   layout: gl.constexpr = _written_layout(words.shape, gl.num_warps())
   OUTPUTS: gl.constexpr = T.outputs // 2
   words = gl.convert_layout(words, layout)
@@ -135,8 +160,12 @@ def write_tile(words, y_ptr, row, count, column, T: gl.constexpr):
   mask = rows < count
   if T.outputs % T.block_columns != 0:
     mask = mask & (columns < OUTPUTS - column)
-  first = _pointer_to_words(y_ptr) + row.to(gl.int64) * OUTPUTS + column
-  gl.store(first + (rows * OUTPUTS + columns), words, mask=mask)
+  first = _pointer_to_words(y_ptr) + column
+  if T.scattered:
+    gl.store(first + (places.to(gl.int64) * OUTPUTS)[:, None] + columns, words, mask=mask)
+  else:
+    first += places.to(gl.int64) * OUTPUTS
+    gl.store(first + (rows * OUTPUTS + columns), words, mask=mask)
 
 
 @gluon.jit
@@ -161,15 +190,15 @@ def cut_columns(words, PARTS: gl.constexpr):
 
 @gluon.jit
 def write_parts(
-  words, START: gl.constexpr, END: gl.constexpr, y_ptr, row, count, column, T: gl.constexpr
+  words, START: gl.constexpr, END: gl.constexpr, y_ptr, places, count, column, T: gl.constexpr
 ):
   for part in gl.static_range(START, END):
     first = column + part * (T.block_columns // T.parts)
-    write_tile(words[part], y_ptr, row, count, first, T)
+    write_tile(words[part], y_ptr, places, count, first, T)
 
 
 @gluon.jit
-def write_zeros(y_ptr, row, count, column, T: gl.constexpr):
+def write_zeros(y_ptr, places, count, column, T: gl.constexpr):
   shape: gl.constexpr = [T.block_rows, T.block_columns // 2]
   layout: gl.constexpr = _written_layout(shape, gl.num_warps())
-  write_tile(gl.zeros(shape, gl.int32, layout=layout), y_ptr, row, count, column, T)
+  write_tile(gl.zeros(shape, gl.int32, layout=layout), y_ptr, places, count, column, T)

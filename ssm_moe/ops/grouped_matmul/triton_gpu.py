@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ssm_moe.ops import gpu_kernels
+from ssm_moe.ops.grouped_matmul.order import RowOrder
 from ssm_moe.shapes import Array, Float, Int
 
 # Groups are sorted in shared memory, beside the blocks.
@@ -94,25 +95,29 @@ def grouped_matmul(
   weights: Float[Array, 'E M *F'],
   group_sizes: Int[Array, 'E'],
   *,
+  take: RowOrder | None = None,
+  put: RowOrder | None = None,
   block_sizes: BlockSizes | None = None,
-) -> Float[Array, 'S *F']:
+) -> Float[Array, 'S *F'] | Float[Array, 'T K *F']:
   """Runs `api.grouped_matmul`; several output axes are made one.
 
   Axes that are no multiple of 8 are padded, which copies the array.
   """
-  num_rows, inputs = rows.shape
+  inputs = rows.shape[1]
   num_groups, _, *output_shape = weights.shape
   matrices = weights.reshape(num_groups, inputs, -1)
   outputs = matrices.shape[2]
   if block_sizes is None:
+    num_rows = rows.shape[0] if take is None else take.row_assignment.shape[0]
     block_sizes = default_block_sizes((num_rows, inputs, outputs, num_groups), rows.dtype)
   more_inputs, more_outputs = -inputs % _MULTIPLE, -outputs % _MULTIPLE
   if more_inputs:
     rows = jnp.pad(rows, ((0, 0), (0, more_inputs)))
   if more_inputs or more_outputs:
     matrices = jnp.pad(matrices, ((0, 0), (0, more_inputs), (0, more_outputs)))
-  y = _multiply(block_sizes, rows, matrices, group_sizes.astype(jnp.int32))
-  return y[:, :outputs].reshape(num_rows, *output_shape)
+  y = _multiply(block_sizes, rows, matrices, group_sizes.astype(jnp.int32), take, put)
+  first_axes = y.shape[:1] if put is None else put.assignment_row.shape
+  return y[:, :outputs].reshape(*first_axes, *output_shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -121,24 +126,50 @@ def _multiply(
   rows: Float[Array, 'S M'],
   weights: Float[Array, 'E M F'],
   group_sizes: Int[Array, 'E'],
+  take: RowOrder | None,
+  put: RowOrder | None,
 ) -> Float[Array, 'S F']:
+  return _forward(block_sizes, rows, weights, group_sizes, take, put)[0]
+
+
+def _forward(block_sizes, rows, weights, group_sizes, take, put):
   # Not at the top: it imports Triton.
   from ssm_moe.ops.grouped_matmul import hopper_kernels
 
-  return hopper_kernels.multiply(rows, weights, group_sizes, block_sizes.product)
-
-
-def _forward(block_sizes, rows, weights, group_sizes):
-  return _multiply(block_sizes, rows, weights, group_sizes), (rows, weights, group_sizes)
+  if take is not None:
+    rows = _gather(rows, take.row_assignment // take.top_k)
+  y = hopper_kernels.multiply(
+    rows,
+    weights,
+    group_sizes,
+    block_sizes.product,
+    to_row=None if put is None else put.row_assignment,
+  )
+  return y, (rows, weights, group_sizes, take, put)
 
 
 def _backward(block_sizes, residuals, dy):
   from ssm_moe.ops.grouped_matmul import hopper_kernels
 
-  rows, weights, group_sizes = residuals
-  d_rows = hopper_kernels.multiply(dy, weights, group_sizes, block_sizes.d_rows, transposed=True)
+  rows, weights, group_sizes, take, put = residuals
+  if put is not None:
+    dy = _gather(dy, put.row_assignment)
+  d_rows = hopper_kernels.multiply(
+    dy,
+    weights,
+    group_sizes,
+    block_sizes.d_rows,
+    to_row=None if take is None else take.row_assignment,
+    transposed=True,
+  )
+  if take is not None:
+    d_rows = d_rows.reshape(*take.assignment_row.shape, -1).sum(axis=1)
   d_weights = hopper_kernels.sum_outer_products(rows, dy, group_sizes, block_sizes.d_weights)
-  return d_rows, d_weights, None
+  return d_rows, d_weights, None, None, None
+
+
+def _gather(rows: Array, index: Int[Array, 'S']) -> Array:
+  return rows.at[index].get(mode='promise_in_bounds')
 
 
 _multiply.defvjp(_forward, _backward)

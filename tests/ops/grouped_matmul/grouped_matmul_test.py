@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_moe.ops.grouped_matmul import grouped_matmul
+from ssm_moe.ops.grouped_matmul import RowOrder, grouped_matmul
 from tests import tolerances
+from tests.ops.grouped_matmul import orders
 
 _ROWS, _IN, _OUT = 200, 12, 10
 
@@ -90,6 +91,39 @@ def test_any_group_sizes(cuts):
     rtol=tolerances.FLOAT32_REORDERED,
     what=str(sizes),
   )
+
+
+@pytest.mark.parametrize('top_k', [1, 2])
+@pytest.mark.parametrize(('take', 'put'), [(True, False), (False, True), (True, True)])
+def test_rows_are_taken_from_tokens_and_put_back(take, put, top_k):
+  rows, weights, sizes, cotangent = _inputs(_SIZES['uneven'])
+  order = orders.random_order(_ROWS, top_k)
+  x = rows[: _ROWS // top_k] if take else rows
+  cotangent = cotangent.reshape(-1, top_k, _OUT) if put else cotangent
+  actual = orders.value_and_gradients('tiled', order, take, put, x, weights, sizes, cotangent)
+  expected = orders.by_indexing(order, take, put, x, weights, sizes, cotangent)
+  tolerances.assert_close(list(actual), list(expected), rtol=tolerances.FLOAT32_REORDERED)
+
+
+@pytest.mark.parametrize(
+  ('take', 'put', 'message'),
+  [
+    ((200, 1, 199), None, 'take has 199 rows for 200 assignments, and there are 199 rows'),
+    (None, (100, 1, 100), 'put has 100 rows for 100 assignments, and there are 200 rows'),
+    ((100, 2, 200), None, 'rows has 200 tokens and take 100; they must be as many'),
+  ],
+)
+def test_an_order_that_does_not_fit_is_refused(take, put, message):
+  rows, weights, sizes, _ = _inputs(_SIZES['even'])
+
+  def order(shape):
+    if shape is None:
+      return None
+    tokens, top_k, num_rows = shape
+    return RowOrder(jnp.zeros(num_rows, jnp.int32), jnp.zeros((tokens, top_k), jnp.int32))
+
+  with pytest.raises(ValueError, match=f'^grouped_matmul: {message}'):
+    grouped_matmul(rows, weights, sizes, take=order(take), put=order(put))
 
 
 def test_output_axes_stay_apart():

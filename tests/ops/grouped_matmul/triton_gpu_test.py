@@ -10,6 +10,7 @@ import pytest
 from ssm_moe.ops import gpu_kernels, implementation
 from ssm_moe.ops.grouped_matmul import grouped_matmul, triton_gpu
 from tests import gpu, hopper, tolerances
+from tests.ops.grouped_matmul import orders
 
 # A block of threads gets no more of an H100's or H200's 228 KB.
 _SHARED_BYTES = 227 * 1024
@@ -39,9 +40,16 @@ _SHAPES = {
 }
 
 
+def _in_order_of_tokens(rows, weights, sizes, cotangent):
+  order = orders.random_order(len(rows), 1)
+  cotangent = cotangent.reshape(len(rows), 1, *cotangent.shape[1:])
+  return orders.value_and_gradients('auto', order, True, True, rows, weights, sizes, cotangent)
+
+
 @hopper.needs_triton
+@pytest.mark.parametrize('ordered', [False, True], ids=['rows', 'tokens'])
 @pytest.mark.parametrize('case', _SHAPES)
-def test_compiles_for_hopper(case):
+def test_compiles_for_hopper(case, ordered):
   """Shown, of value and gradients: three kernels, which
 
   - keep everything in registers: not a byte is spilled,
@@ -53,6 +61,7 @@ def test_compiles_for_hopper(case):
   - and then start on the next tile before they write.
   """
   function = functools.partial(_value_and_gradients, grouped_matmul)
+  function = _in_order_of_tokens if ordered else function
   kernels = hopper.compile_kernels(function, *_shapes(*_SHAPES[case]))
   assert [kernel.name for kernel in kernels] == [
     'product_kernel',
@@ -163,6 +172,33 @@ def test_equals_the_reference(case, axes, rest):
   expected = _value_and_gradients(run, rows, weights, group_sizes, cotangent)
   tolerances.assert_close(
     [x.astype(jnp.float32) for x in actual], list(expected), rtol=tolerances.BFLOAT16, what=case
+  )
+
+
+@_on_gpu
+@pytest.mark.parametrize('top_k', [1, 2])
+@pytest.mark.parametrize(('take', 'put'), [(True, False), (False, True), (True, True)])
+def test_rows_are_taken_from_tokens_and_put_back(take, put, top_k):
+  num_rows, inputs, outputs = 1400, 136, 296
+  sizes = jnp.array((700, 513, 31, 12), jnp.int32)  # the others belong to no group
+  keys = jax.random.split(jax.random.key(4), 3)
+  order = orders.random_order(num_rows, top_k)
+  x, weights, cotangent = (
+    jax.random.normal(key, shape).astype(jnp.bfloat16)
+    for key, shape in zip(
+      keys,
+      [
+        (num_rows // top_k if take else num_rows, inputs),
+        (4, inputs, outputs),
+        (num_rows // top_k, top_k, outputs) if put else (num_rows, outputs),
+      ],
+    )
+  )
+  actual = orders.value_and_gradients('triton_gpu', order, take, put, x, weights, sizes, cotangent)
+  wide = (x.astype(jnp.float32) for x in (x, weights))
+  expected = orders.by_indexing(order, take, put, *wide, sizes, cotangent.astype(jnp.float32))
+  tolerances.assert_close(
+    [x.astype(jnp.float32) for x in actual], list(expected), rtol=tolerances.BFLOAT16
   )
 
 

@@ -54,6 +54,7 @@ setuptools.setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['ssm_moe', 'ssm_moe.*']),
+  package_data={'ssm_moe.ops.grouped_matmul': ['*.json']},
   install_requires=_BASE,
   extras_require={
     # The GPU kernels need jax 0.11 and Triton 3.7 or later, hence Python 3.12; without them the

@@ -28,6 +28,7 @@ from ssm_moe.analysis import (
 )
 from ssm_moe.analysis.benchmark_timing import Timing
 from ssm_moe.errors import UserError
+from ssm_moe.ops.grouped_matmul import blocks
 from ssm_moe.training.losses import cross_entropy_sum
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Write the records there, as a JSON list.')
@@ -79,13 +80,18 @@ def chosen_names(ops: list[benchmark.OpBenchmark], pattern: str, peers: bool) ->
 
 
 def tune(path: str, seed: int, timing: Timing) -> None:
-  """Writes a table of block sizes, by shape and kernel the fastest first."""
+  """Writes a table of block sizes, by shape and kernel the fastest first; other shapes stay."""
   command_line.check_output('tune', path)
-  shapes = {}
+  table = pathlib.Path(path)
+  try:
+    shapes = json.loads(table.read_text()) if table.exists() else {}
+    blocks.parse_table(shapes)
+  except (ValueError, LookupError, TypeError, AttributeError) as error:
+    raise UserError(f'--tune={path}: there is a file that is no such table') from error
   for shape, kernels in benchmark_tune.grouped_matmuls(seed, timing):
     shapes[shape] = kernels
     print(benchmark_tune.table(shape, kernels), flush=True)
-    pathlib.Path(path).write_text(json.dumps(shapes, indent=1) + '\n')
+    table.write_text(json.dumps(shapes, indent=1) + '\n')
 
 
 def main():

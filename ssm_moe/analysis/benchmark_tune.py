@@ -1,5 +1,6 @@
 """Which sizes of blocks make the kernels of the grouped matmul fastest."""
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,24 +13,23 @@ from ssm_moe.analysis.benchmark_matmuls import GROUPED_SIZES, group_by_group, gr
 from ssm_moe.analysis.benchmark_timing import Timing, measure, milliseconds
 from ssm_moe.errors import UserError
 from ssm_moe.ops import gpu_kernels, implementation
-from ssm_moe.ops.grouped_matmul.triton_gpu import Blocks
+from ssm_moe.ops.grouped_matmul.blocks import Blocks, shape_name
 
+# The products of a Routing Mamba layer: in and out, 16 x 2048 tokens.
+SIZES = (*GROUPED_SIZES, (32768, 768, 3072, 8), (32768, 1536, 768, 8))
 # Sizes that a kernel cannot have are passed over.
 CANDIDATES = (
   Blocks(),
-  Blocks(band=4),
-  Blocks(band=8),
-  Blocks(parts=1),
   Blocks(parts=4),
-  Blocks(stages=3),
+  Blocks(band=4),
+  Blocks(band=8, parts=4),
   Blocks(inner=128, stages=2),
-  Blocks(columns=128),
   Blocks(columns=128, stages=6),
-  Blocks(columns=128, warps=4),
   Blocks(columns=128, warps=4, stages=3, programs=2),
   Blocks(rows=64, columns=256, warps=4),
-  Blocks(rows=64, columns=128, warps=4, programs=2),
 )
+# Rows of a table, the fastest first.
+_KEPT = 3
 
 
 class _Compiled:
@@ -62,7 +62,7 @@ def grouped_matmuls(
     raise UserError(f'--tune: the grouped matmul has no kernel here: {reason}')
   from ssm_moe.ops.grouped_matmul import hopper_kernels
 
-  for num_rows, columns, features, num_groups in GROUPED_SIZES:
+  for num_rows, columns, features, num_groups in SIZES:
     key, key_dy = jax.random.split(jax.random.key(seed))
     inputs, group_sizes = grouped_inputs(key, num_rows, columns, features, num_groups)
     rows, weights = inputs['rows'], inputs['weights']
@@ -75,7 +75,7 @@ def grouped_matmuls(
     expected = _expected(inputs, group_sizes, dy)
     flops = 2 * num_rows * columns * features
     yield (
-      f'S {num_rows}, M {columns}, F {features}, E {num_groups}',
+      shape_name(num_rows, columns, features, num_groups),
       {
         name: _fastest(kernel, expected[name], candidates, timing, flops)
         for name, kernel in kernels.items()
@@ -98,10 +98,16 @@ def _with_gradients(inputs, group_sizes, dy):
 
 def _fastest(kernel, expected, candidates, timing, flops) -> list[dict[str, Any]]:
   function, arguments, options = kernel
+
+  def compile_for(blocks):
+    return _Compiled(lambda *a: function(*a, blocks, **options), arguments)
+
   compiled = {}
-  for blocks in candidates:
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    calls = {blocks: pool.submit(compile_for, blocks) for blocks in candidates}
+  for blocks, call in calls.items():
     try:
-      call = _Compiled(lambda *a, blocks=blocks: function(*a, blocks, **options), arguments)
+      call = call.result()
       error = relative_error(call(), expected)
     except Exception as error:  # of the compiler, in many forms
       print(f'{blocks} is passed over: {(str(error).splitlines() or [""])[0][:120]}')
@@ -116,7 +122,7 @@ def _fastest(kernel, expected, candidates, timing, flops) -> list[dict[str, Any]
     | {'milliseconds': (ms := found[len(found) // 2]), 'tflops': flops / ms / 1e9}
     for blocks, found in times.items()
   ]
-  return sorted(rows, key=lambda row: row['milliseconds'])
+  return sorted(rows, key=lambda row: row['milliseconds'])[:_KEPT]
 
 
 def table(shape: str, kernels: dict[str, list[dict[str, Any]]], *, most: int = 3) -> str:

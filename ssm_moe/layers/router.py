@@ -127,11 +127,8 @@ class Router(nn.Module):
       scores = jax.nn.sigmoid(router_logits)
       router_probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
     bias = self._selection_bias()
-    if bias is None:
-      weights, expert_index = jax.lax.top_k(scores, config.top_k)
-    else:
-      _, expert_index = jax.lax.top_k(scores + bias[None, :], config.top_k)
-      weights = jnp.take_along_axis(scores, expert_index, axis=-1)
+    expert_index = _best(scores if bias is None else scores + bias[None, :], config.top_k)
+    weights = _take(scores, expert_index)
     if config.weights == 'renormalized':
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     if config.fallback_threshold:
@@ -156,6 +153,19 @@ class Router(nn.Module):
       jnp.float32,
     )
     return jax.lax.stop_gradient(bias)
+
+
+def _best(scores: Float[Array, 'T E'], top_k: int) -> Int[Array, 'T K']:
+  """Returns the experts with the highest scores, the highest first."""
+  if top_k == 1:  # top_k sorts each row: on an H200 22 us for 32768 tokens, and this 4
+    return jnp.argmax(scores, axis=-1, keepdims=True).astype(jnp.int32)
+  return jax.lax.top_k(scores, top_k)[1]
+
+
+def _take(scores: Float[Array, 'T E'], expert_index: Int[Array, 'T K']) -> Float[Array, 'T K']:
+  # Not by indexing, whose gradient is a scatter: 75 us on an H200, where this joins what is around.
+  chosen = expert_index[:, :, None] == jnp.arange(scores.shape[1])[None, None, :]
+  return jnp.sum(jnp.where(chosen, scores[:, None, :], 0), axis=-1)
 
 
 def move_selection_bias(

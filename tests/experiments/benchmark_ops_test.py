@@ -19,7 +19,8 @@ def _run(*arguments):
   return subprocess.run(
     [sys.executable, 'experiments/benchmark_ops.py', *arguments],
     cwd=ROOT,
-    env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+    # Without the flags of the tests, by which XLA compiles fast what runs slowly.
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
     capture_output=True,
     text=True,
     timeout=300,

@@ -202,7 +202,7 @@ def _routed(**fields):
   return _mixer(RoMConfig(**({'kind': 'shared', 'num_experts': 4} | fields)))
 
 
-_SLOW = ('all_projections', 'conv_and_x', 'gate', 'dt', 'bottleneck')
+_SLOW = ('all_projections', 'conv_and_x', 'gate', 'dt', 'independent', 'bottleneck')
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def _routed(**fields):
   return _mixer(RoMConfig(**({'kind': 'shared', 'num_experts': 4} | fields)))
 
 
-_SLOW = ('renormalized', 'conv_and_x', 'straight_through', 'bottleneck', 'capacity')
+_SLOW = ('renormalized', 'conv_and_x', 'straight_through', 'independent', 'bottleneck', 'capacity')
 
 
 @pytest.mark.parametrize(

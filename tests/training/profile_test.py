@@ -58,6 +58,7 @@ def _traced_steps(workdir):
 
 
 class TestRun:
+  @pytest.mark.slow
   def test_the_steps_asked_for_and_no_other_and_the_run_is_as_without(self, text, tmp_path, capfd):
     config = small_run.make_config(text)
     _run(config, tmp_path / 'plain')

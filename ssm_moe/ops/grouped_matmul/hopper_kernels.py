@@ -28,7 +28,7 @@ def multiply(
     rows: bfloat16 or float16; its last axis, as that of `weights`, a multiple of 8.
     weights: In the dtype of `rows`.
     group_sizes: int32.
-    blocks: `triton_gpu.Blocks`.
+    blocks: `blocks.Blocks`.
     to_row: Which row of the result each product becomes, a permutation; the same if None.
     transposed: The last axes of `rows` and `weights` are summed over.
   """

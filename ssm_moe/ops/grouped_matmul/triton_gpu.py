@@ -4,13 +4,13 @@ Work follows the sizes of the groups, which stay on the device: each program of 
 them, and finds its tiles. Nothing is added up by atomics, so results repeat bit by bit.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from ssm_moe.ops import gpu_kernels
+from ssm_moe.ops.grouped_matmul.blocks import BlockSizes, default_block_sizes
 from ssm_moe.ops.grouped_matmul.order import RowOrder
 from ssm_moe.shapes import Array, Float, Int
 
@@ -18,63 +18,6 @@ from ssm_moe.shapes import Array, Float, Int
 _MAX_GROUPS = 1024
 # A row of what TMA reads begins at a multiple of 16 bytes.
 _MULTIPLE = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-  """Sizes for one kernel.
-
-  Attributes:
-    rows: Of a tile of the output, 64 or 128; for the gradient of the weights, of its M axis.
-    columns: Of a tile of the output, 64 to 256.
-    inner: Of the axis that is summed over, in a stage.
-    stages: Blocks of each operand in shared memory.
-    warps: 4 or 8. A warpgroup, 4 warps, has 64 of the rows or a multiple.
-    programs: On each multiprocessor.
-    band: Tiles of rows to go through before the next tile of columns.
-    parts: 1, 2 or 4: a tile is written in so many, while the next is multiplied.
-  """
-
-  rows: int = 128
-  columns: int = 256
-  inner: int = 64
-  stages: int = 4
-  warps: int = 8
-  programs: int = 1
-  band: int = 16
-  parts: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockSizes:
-  """Sizes for the products, and for the gradients of rows and of weights."""
-
-  product: Blocks = Blocks()
-  d_rows: Blocks = Blocks()
-  d_weights: Blocks = Blocks()
-
-
-def default_block_sizes(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> BlockSizes:
-  """Returns sizes for S rows of M columns times E matrices of F columns, shape = (S, M, F, E)."""
-  del dtype  # both that there are have 16 bits
-  num_rows, inputs, outputs, num_groups = shape
-  small = num_rows <= 64 * num_groups
-  product = _tile(small, outputs)
-  if product == Blocks():
-    product = Blocks(parts=4)  # 1 to 3 % faster than 2 at the four sizes of docs/performance.md
-  return BlockSizes(
-    product=product,
-    d_rows=_tile(small, inputs),
-    d_weights=_tile(inputs <= 64, outputs),
-  )
-
-
-def _tile(few_rows: bool, columns: int) -> Blocks:
-  if few_rows:
-    return Blocks(rows=64, columns=256 if columns > 128 else 128, warps=4)
-  if columns <= 128:
-    return Blocks(columns=128)
-  return Blocks()
 
 
 def supports(rows: Array, weights: Array) -> str | None:
@@ -109,7 +52,7 @@ def grouped_matmul(
   outputs = matrices.shape[2]
   if block_sizes is None:
     num_rows = rows.shape[0] if take is None else take.row_assignment.shape[0]
-    block_sizes = default_block_sizes((num_rows, inputs, outputs, num_groups), rows.dtype)
+    block_sizes = default_block_sizes(num_rows, inputs, outputs, num_groups)
   more_inputs, more_outputs = -inputs % _MULTIPLE, -outputs % _MULTIPLE
   if more_inputs:
     rows = jnp.pad(rows, ((0, 0), (0, more_inputs)))

@@ -1,11 +1,12 @@
 """What stands between the matrix products of a step, at the sizes that are timed on a GPU."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from ssm_moe.analysis.benchmark import OpBenchmark
+from ssm_moe.analysis.benchmark import OpBenchmark, by_implementation
 from ssm_moe.analysis.benchmark_limits import Work, passes
 from ssm_moe.config import NormConfig
 from ssm_moe.layers.norm import make_norm
@@ -37,8 +38,10 @@ def _convolution(batch: int, length: int, channels: int, segments: bool) -> OpBe
     starts = jax.random.bernoulli(keys[3], 0.005, (batch, length))
     return inputs, jnp.cumsum(starts, axis=1, dtype=jnp.int32) if segments else None
 
-  def shifted(inputs, segment_ids):
-    return jax.nn.silu(conv.causal_conv1d(**inputs, segment_ids=segment_ids)[0])
+  def run(inputs, segment_ids, implementation):
+    return conv.causal_conv1d(
+      **inputs, activation='silu', segment_ids=segment_ids, implementation=implementation
+    )[0]
 
   def lax_conv(inputs, _):
     x = inputs['x']
@@ -57,8 +60,8 @@ def _convolution(batch: int, length: int, channels: int, segments: bool) -> OpBe
     name='causal_conv1d_silu',
     shape=f'B {batch}, L {length}, D {channels}, W {width}' + (', segments' if segments else ''),
     dtype='bfloat16',
-    implementations={'shifted': shifted} | ({} if segments else {'lax.conv': lax_conv}),
-    oracle=shifted if segments else lax_conv,
+    implementations=by_implementation(conv, run, {}) | ({} if segments else {'lax.conv': lax_conv}),
+    oracle=functools.partial(run, implementation='shifted') if segments else lax_conv,
     oracle_name='the same in float32' if segments else "XLA's convolution in float32",
     make_arguments=make_arguments,
     tokens=batch * length,
@@ -127,10 +130,17 @@ def _cross_entropy(
     }
     return inputs, jax.random.randint(keys[2], (16, tokens // 16), 0, vocab_size)
 
-  def chunked(chunk):
+  def chunked(implementation, chunk):
     def run(inputs, targets):
       weights = jnp.ones(targets.shape, jnp.float32)
-      return cross_entropy_sum(inputs['hidden'], inputs['head'], targets, weights, chunk=chunk)
+      return cross_entropy_sum(
+        inputs['hidden'],
+        inputs['head'],
+        targets,
+        weights,
+        chunk=chunk,
+        implementation=implementation,
+      )
 
     return run
 
@@ -147,7 +157,11 @@ def _cross_entropy(
     name='cross_entropy',
     shape=f'T {tokens}, M {d_model}, V {vocab_size}',
     dtype='bfloat16',
-    implementations={f'chunks of {chunk}': chunked(chunk) for chunk in (2048, 4096, 8192, 16384)}
+    implementations={
+      f'{name}, chunks of {chunk}': chunked(name, chunk)
+      for name in ('triton_gpu', 'xla')
+      for chunk in (2048, 4096, 8192, 16384)
+    }
     | {'at once, by autodiff': at_once},
     oracle=at_once,
     oracle_name='all logits at once in float32',

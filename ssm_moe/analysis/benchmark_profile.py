@@ -17,15 +17,23 @@ import jax
 # operation.
 _CLASSES = (
   # What is differentiated outside the model is the loss.
-  ('cross entropy', None, r'jvp\(\)'),
-  ('scan', r'selective_scan|ssd|^(forward|backward)$', r'selective_scan|\bssd\b|\.mix/while'),
-  ('grouped matmul', r'^_(product|gradient)_kernel$|gmm', r'grouped_matmul|ragged_dot'),
+  ('cross entropy', r'^cross_entropy', r'jvp\(\)'),
+  (
+    'scan',
+    r'selective_scan|ssd|^(forward|backward|carry|add_parts)$',
+    r'selective_scan|\bssd\b|\.mix/while',
+  ),
+  ('grouped matmul', r'^(product|gradient)_kernel$|gmm', r'grouped_matmul|ragged_dot'),
   ('matmul', r'gemm|nvjet|cutlass|xmma|cublas', r'dot_general'),
   ('gather, scatter, sort', r'scatter|sort|topk', r'\bgather|scatter|sort|top_k|searchsorted'),
   ('stacks over layers', None, r'jvp\(LM\)\)?/while/body/(jit\()?dynamic_'),
   ('norm', None, r'norm'),
   # The rest of a mixer: what is not in one of its projections.
-  ('conv', None, r'causal_conv1d|\.mix/(?![\w.]*(proj|select|project|rout))'),
+  (
+    'conv',
+    r'^conv_(forward|backward)$',
+    r'causal_conv1d|\.mix/(?![\w.]*(proj|select|project|rout))',
+  ),
   ('optimizer', None, r'^jit\(\w+\)/(?!\w*\(?jvp)[^/]*(/[a-z_]+)?$'),
   ('copy', r'^memcpy|^copy|memset', None),
 )
@@ -97,7 +105,8 @@ def read_kernels(folder: str | pathlib.Path, *, steps: int, hlo: str = '') -> li
   for event, microseconds in _device_events(events):
     arguments = event.get('args', {})
     instruction = _plain(arguments.get('hlo_op', event['name']))
-    place = arguments.get('tf_op') or places.get(instruction)
+    # The program first: on a GPU all that a trace says is that there is one.
+    place = places.get(instruction) or arguments.get('tf_op')
     total = totals[event['name'], place or '']
     total[0] += microseconds / 1e3
     total[1] += 1
@@ -186,10 +195,18 @@ def _device_events(events: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any
     yield from _own_times(line)
 
 
+def _end(event: dict[str, Any]) -> float:
+  return event['ts'] + event['dur']
+
+
 def _own_times(events: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float]]:
   open_events: list[list[Any]] = []
   for event in sorted(events, key=lambda event: (event['ts'], -event['dur'])):
-    while open_events and open_events[-1][0]['ts'] + open_events[-1][0]['dur'] <= event['ts']:
+    # What begins in another event and ends after it is not part of it: by a clock's rounding, the
+    # next kernel of a stream may begin before the last has ended.
+    while open_events and _end(open_events[-1][0]) < _end(event):
+      yield tuple(open_events.pop())
+    while open_events and _end(open_events[-1][0]) <= event['ts']:
       yield tuple(open_events.pop())
     if open_events:
       open_events[-1][1] -= event['dur']

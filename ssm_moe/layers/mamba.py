@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -89,9 +88,13 @@ class Mamba(SSMMixer):
       state = MambaState(None, None)
     x, z = self.project_in(inputs, decisions)
     x, conv_state = causal_conv1d(
-      x, self.conv1d_kernel, self.conv1d_bias, segment_ids=segment_ids, state=state.conv_state
+      x,
+      self.conv1d_kernel,
+      self.conv1d_bias,
+      activation='silu',
+      segment_ids=segment_ids,
+      state=state.conv_state,
     )
-    x = jax.nn.silu(x)
     dt, B, C = self._selection(x, decisions)
     y, ssm_state = selective_scan(
       x,

@@ -126,10 +126,11 @@ class _Convolution(nn.Module):
       x.reshape(*x.shape[:2], -1),
       kernel.reshape(self.width, -1),
       bias.reshape(-1),
+      activation='silu',
       segment_ids=segment_ids,
       state=state,
     )
-    return jax.nn.silu(y).reshape(x.shape), state
+    return y.reshape(x.shape), state
 
   def _param(self, name, init, axes, shape):
     return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)

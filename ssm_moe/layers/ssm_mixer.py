@@ -8,9 +8,10 @@ from flax import linen as nn
 
 from ssm_moe.config import Mamba2Config, MambaConfig
 from ssm_moe.layers import initializers, rom
-from ssm_moe.layers.projection import Projection
+from ssm_moe.layers.projection import Decision, Projection
 from ssm_moe.layers.rom import Decisions, MixerAux, MixerRoutes, ProjectionRouting
 from ssm_moe.layers.router import Routing
+from ssm_moe.ops import implementation
 from ssm_moe.shapes import Array, Bool, Float, Int
 
 
@@ -93,9 +94,15 @@ class SSMMixer(nn.Module):
     self.routing = ProjectionRouting(settings, self.router_init, self.record_routes)
     init = initializers.linear(self.d_model)
     if rom.one_in_projection(settings):
-      # Conv and gate are one matmul. Their axis is kept apart from d_inner: fused, sharding over
+      # Conv and gate are one parameter. Their axis is kept apart from d_inner: fused, sharding over
       # `tensor` would put x and z of a channel on different devices.
-      self.in_proj = self.projection('conv', init, ('embed', 'branch', 'inner'), (2, d_inner))
+      self.in_proj = _InProjection(
+        (2, d_inner),
+        ('embed', 'branch', 'inner'),
+        init,
+        self.dtype,
+        **rom.experts_of(settings, 'conv'),
+      )
     else:
       self.conv_proj = self.projection('conv', init, ('embed', 'inner'), (d_inner,))
       self.gate_proj = self.projection('gate', init, ('embed', 'inner'), (d_inner,))
@@ -105,8 +112,7 @@ class SSMMixer(nn.Module):
   ) -> tuple[Float[Array, 'B L D'], Float[Array, 'B L D']]:
     """Returns x before the convolution, and the gate z."""
     if rom.one_in_projection(self.config.rom):
-      xz = self.in_proj(inputs, decisions.of('conv', inputs))
-      return xz[:, :, 0], xz[:, :, 1]
+      return self.in_proj(inputs, decisions.of('conv', inputs))
     return (
       self.conv_proj(inputs, decisions.of('conv', inputs)),
       self.gate_proj(inputs, decisions.of('gate', inputs)),
@@ -121,3 +127,32 @@ class SSMMixer(nn.Module):
   ) -> Projection:
     """Returns the projection `name`, with experts if it is to have them."""
     return Projection(features, axes, init, self.dtype, **rom.experts_of(self.config.rom, name))
+
+
+class _InProjection(Projection):
+  """The projection to x and z, which have one parameter, [M, 2, D] or [E, M, 2, D].
+
+  One product for both, except on a GPU: there kernels that XLA knows nothing of read x and z, and
+  write their gradients. It would copy the halves of one product apart, and the gradients together,
+  which takes longer than to read the input twice and to add up its two gradients.
+  """
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'B L M'], decision: Decision | None = None
+  ) -> tuple[Float[Array, 'B L D'], Float[Array, 'B L D']]:
+    if implementation.platform() != 'gpu':
+      xz = super().__call__(x, decision)
+      return xz[:, :, 0], xz[:, :, 1]
+    x = x.astype(self.dtype)
+    batch, length, d_model = x.shape
+    shape = (d_model, *self.features)
+    if self.num_experts is None:
+      kernel = self._kernel('kernel', self.kernel_init, self.axes, shape)
+      return tuple(jnp.einsum('blm,md->bld', x, kernel[:, branch]) for branch in (0, 1))
+    kernel = self._experts('kernel', self.kernel_init, shape)
+    tokens = x.reshape(-1, d_model)
+    products = (
+      decision.plan.apply(tokens, [kernel[:, :, branch]], decision.weights) for branch in (0, 1)
+    )
+    return tuple(product.reshape(batch, length, -1) for product in products)

@@ -42,8 +42,9 @@ def test_a_gpu_has_its_kernels_in_streams(tmp_path):
       *_line(1, '/device:GPU:0', 10, 'Stream #10(Compute)'),
       *_line(1, '/device:GPU:0', 11, 'XLA Ops'),
       *_line(2, '/host:CPU', 20, 'python'),
-      _event(1, 10, 'loop_add_fusion_2', 0, 2000),
-      _event(1, 10, 'nvjet_tst_128x256', 2000, 6000, hlo_op='custom-call.7'),
+      # A stream runs one after the other, whatever the clock says.
+      _event(1, 10, 'loop_add_fusion_2', 0, 2000, tf_op='XlaModule:'),
+      _event(1, 10, 'nvjet_tst_128x256', 1999.9, 6000, hlo_op='custom-call.7'),
       _event(1, 10, 'loop_add_fusion_2', 9000, 4000),
       # These sum up what is above, or are not on the device.
       _event(1, 11, 'custom-call.7', 2000, 6000, hlo_op='custom-call.7'),
@@ -84,7 +85,10 @@ def test_what_contains_others_counts_for_the_rest(tmp_path):
     ('cross entropy', 'fusion', 'jit(train_step)/transpose(jvp())/mul'),
     ('scan', 'backward', f'{_LAYER}/triton_kernel_call'),
     ('scan', 'fusion', f'{_LAYER}/while/body/add'),
-    ('grouped matmul', '_gradient_kernel', f'{_LAYER}/out_proj/triton_kernel_call'),
+    ('scan', 'carry', f'{_LAYER}/triton_kernel_call'),
+    ('conv', 'conv_backward', f'{_LAYER}/triton_kernel_call'),
+    ('cross entropy', 'cross_entropy_of_rows', ''),
+    ('grouped matmul', 'gradient_kernel', f'{_LAYER}/out_proj/triton_kernel_call'),
     ('matmul', 'fusion', f'{_LAYER}/out_proj/blm,m...->bl.../dot_general'),
     ('gather, scatter, sort', 'fusion', f'{_LAYER}/out_proj/gather'),
     ('gather, scatter, sort', 'fusion', 'jit(train_step)/transpose(jvp(LM))/LM._embed/scatter-add'),

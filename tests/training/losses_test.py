@@ -1,12 +1,14 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssm_moe.ops import implementation
+from ssm_moe.ops import implementation as implementation_lib
 from ssm_moe.training.losses import cross_entropy_sum
-from tests import tolerances
+from tests import gpu, tolerances
 
 _BATCH, _LENGTH, _D_MODEL, _VOCAB = 3, 10, 8, 17
 
@@ -34,7 +36,7 @@ def test_any_chunk_equals_the_whole(chunk, platform):
   hidden, head, targets, weights = _inputs()
 
   def chunked(hidden, head):
-    with implementation.compiling_for(platform):
+    with implementation_lib.compiling_for(platform):
       return 0.25 * cross_entropy_sum(hidden, head, targets, weights, chunk=chunk)
 
   def whole(hidden, head):
@@ -89,3 +91,27 @@ def test_logits_of_the_whole_batch_never_exist():
   # A few arrays of one chunk, which is 1/32 of all, and the hidden states' gradient.
   assert compiled.memory_analysis().temp_size_in_bytes < all_logits / 4
   chex.assert_shape(jax.eval_shape(loss, *shapes), ())
+
+
+class TestOnAGPU:
+  pytestmark = gpu.MARKS
+
+  @pytest.mark.parametrize('chunk', [700, 4096])
+  def test_the_kernel_gives_what_xla_gives(self, chunk):
+    keys = jax.random.split(jax.random.key(6), 4)
+    hidden = jax.random.normal(keys[0], (4, 500, 128), jnp.bfloat16)
+    head = jax.random.normal(keys[1], (128, 50277)) / 4
+    targets = jax.random.randint(keys[2], (4, 500), 0, 50277)
+    weights = (jax.random.uniform(keys[3], (4, 500)) < 0.7).astype(jnp.float32)
+
+    def value_and_gradients(implementation):
+      loss = functools.partial(cross_entropy_sum, chunk=chunk, implementation=implementation)
+      with implementation_lib.on_devices(1):
+        value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
+          hidden, head, targets, weights
+        )
+        return value, gradients, jax.jit(loss)(hidden, head, targets, weights)
+
+    tolerances.assert_close(
+      value_and_gradients('triton_gpu'), value_and_gradients('xla'), rtol=tolerances.BFLOAT16
+    )

@@ -21,6 +21,7 @@ from ssm_moe.ops.selective_scan.triton_tiles import (
   state_row,
   step,
   step_sizes,
+  tiles_of_piece,
   to_variables,
 )
 
@@ -46,6 +47,7 @@ def backward(
   dx_ptr, ddt_ptr, dz_ptr, dA_ptr, dBC_ptr, dD_ptr, dbias_ptr, dh0_ptr,
   L: gl.constexpr, D: gl.constexpr, N: gl.constexpr, T: gl.constexpr, BD: gl.constexpr,
   NT: gl.constexpr, W: gl.constexpr, STAGES: gl.constexpr, SOFTPLUS: gl.constexpr,
+  PIECE: gl.constexpr,
 ):  # fmt: skip
   """Walks back through time with the cotangent of the state.
 
@@ -60,8 +62,9 @@ def backward(
   Args, beside those of `forward`:
     saved_ptr: As `forward` left it, with SAVE = T.
     dy_ptr, dx_ptr, ddt_ptr, dz_ptr: [B, L, D].
-    dh_ptr, dh0_ptr: [B, D, N], float32: of the last state, and of the first.
-    dA_ptr: [B, D, N]; dD_ptr, dbias_ptr: [B, D]: float32, to be added up over B.
+    dh_ptr: [B, P, D, N], float32, P being ceil(L / PIECE): of the state after each piece.
+    dh0_ptr: [B, D, N], float32: of the first state.
+    dA_ptr: [B, P, D, N]; dD_ptr, dbias_ptr: [B, P, D]: float32, to be added up over B and P.
     dBC_ptr: [B, ceil(D / BD) W, ceil(L / T) T / U, 2, N, U]: to be added up over the second axis.
   """
   U: gl.constexpr = 4
@@ -84,7 +87,8 @@ def backward(
   )
   EXACT: gl.constexpr = B_ptr.dtype.element_ty == gl.float32
 
-  b = gl.program_id(1).to(gl.int64)
+  row, first, count = tiles_of_piece(L, T, PIECE)
+  b = row // ((L + PIECE - 1) // PIECE)
   pd = gl.program_id(0)
   d0 = pd * BD
   tokens = b * (L * D) + d0
@@ -158,7 +162,7 @@ def backward(
   )
 
   for early in gl.static_range(STAGES - 1):
-    t_early = (K - 1 - early) * T
+    t_early = (first + count - 1 - early) * T
     copy_tile(x_in, early, x_ptr, t_early, L, D, column, mask, T)
     copy_tile(dt_in, early, dt_ptr, t_early, L, D, column, mask, T)
     copy_tile(dy_in, early, dy_ptr, t_early, L, D, column, mask, T)
@@ -173,16 +177,16 @@ def backward(
   zero = gl.zeros([BD, N], gl.float32, layout=vectors)
   g = zero
   if dh_ptr is not None:
-    g = gl.load(dh_ptr + b * (D * N) + of_block, mask=mine, other=0.0)
+    g = gl.load(dh_ptr + row * (D * N) + of_block, mask=mine, other=0.0)
   g = to_variables(g, S, states)
   dA = to_variables(zero, S, states)
   dD = gl.zeros([U, BD], gl.float32, layout=some)
   dbias = gl.zeros([U, BD], gl.float32, layout=some)
   saved_ptr += b * K * (D * N)
-  h_next = gl.load(saved_ptr + (K - 1) * (D * N) + of_block, mask=mine, other=0.0)
+  h_next = gl.load(saved_ptr + (first + count - 1) * (D * N) + of_block, mask=mine, other=0.0)
 
-  for back in range(K):
-    k = K - 1 - back
+  for back in range(count):
+    k = first + count - 1 - back
     t0 = k * T
     slot = back % STAGES
     h_tile = h_next
@@ -307,10 +311,12 @@ def backward(
         gl.store(dz_ptr + place_some, dz_u.to(dz_ptr.dtype.element_ty), mask=there_some)
 
   async_copy.wait_group(0)
-  gl.store(dA_ptr + b * (D * N) + of_block, from_variables(dA, vectors), mask=mine)
+  gl.store(dA_ptr + row * (D * N) + of_block, from_variables(dA, vectors), mask=mine)
   if dh0_ptr is not None:
+    if PIECE < L:
+      mine = mine & (first == 0)
     gl.store(dh0_ptr + b * (D * N) + of_block, from_variables(g, vectors), mask=mine)
-  of_row = b * D + d0 + channel_some
+  of_row = row * D + d0 + channel_some
   if D_ptr is not None:
     gl.store(dD_ptr + of_row, gl.sum(dD, 0), mask=mask_some)
   if bias_ptr is not None:

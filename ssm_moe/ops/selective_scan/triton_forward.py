@@ -1,10 +1,10 @@
 """The selective scan on a GPU, in Gluon: the forward kernel. `triton_gpu` starts it.
 
-A program owns one row of the batch and a block of channels, and walks through time in tiles of T
-tokens. Of a tile, everything that is elementwise in token and channel (softplus, gate, skip and
-their gradients) is done once, by all threads side by side, before and after the recurrence; between
-the two the values pass through shared memory. The next tiles arrive by asynchronous copies
-meanwhile: they take no registers.
+A program owns one row of the batch, or a piece of its time where rows are few (`triton_carry`), and
+a block of channels, and walks through time in tiles of T tokens. Of a tile, everything that is
+elementwise in token and channel (softplus, gate, skip and their gradients) is done once, by all
+threads side by side, before and after the recurrence; between the two the values pass through
+shared memory. The next tiles arrive by asynchronous copies meanwhile: they take no registers.
 
 Letters beside those of `shapes`: T tokens in a tile; BD channels of a program; NT threads that
 share the states of a channel, S of them each.
@@ -23,6 +23,7 @@ from ssm_moe.ops.selective_scan.triton_tiles import (
   state_row,
   step,
   step_sizes,
+  tiles_of_piece,
   to_variables,
 )
 
@@ -36,9 +37,9 @@ def forward(
   y_ptr, h_ptr, saved_ptr, ungated_ptr,
   L: gl.constexpr, D: gl.constexpr, N: gl.constexpr, T: gl.constexpr, BD: gl.constexpr,
   NT: gl.constexpr, W: gl.constexpr, STAGES: gl.constexpr, SOFTPLUS: gl.constexpr,
-  SAVE: gl.constexpr,
+  PIECE: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
-  """Runs the recurrence over one row and BD channels.
+  """Runs the recurrence over one piece of a row, PIECE tokens of it, and BD channels.
 
   Args:
     x_ptr, dt_ptr, z_ptr, y_ptr: [B, L, D].
@@ -46,7 +47,8 @@ def forward(
     B_ptr, C_ptr: [B, L, N].
     D_ptr, bias_ptr: [D], float32.
     starts_ptr: [B, L], int32: not zero where the state is reset before the step.
-    h0_ptr, h_ptr: [B, D, N], float32: the first state, and the last.
+    h0_ptr: [B, ceil(L / PIECE), D, N], float32: the state before each piece.
+    h_ptr: [B, D, N], float32: the last state.
     saved_ptr: [B, ceil(L / SAVE), D, N], float32: for the backward pass, the state before each SAVE
       tokens, of which a tile has a whole number.
     ungated_ptr: [B, L, D]: for the backward pass, y before the gate.
@@ -59,7 +61,8 @@ def forward(
   tile_n: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [W, 1], [1, 0])
   flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
-  b = gl.program_id(1).to(gl.int64)
+  row, first, count = tiles_of_piece(L, T, PIECE)
+  b = row // ((L + PIECE - 1) // PIECE)
   d0 = gl.program_id(0) * BD
   tokens = b * (L * D) + d0
   x_ptr += tokens
@@ -104,35 +107,34 @@ def forward(
   C_rows = gl.allocate_shared_memory(gl.float32, [T, N], flat)
 
   for early in gl.static_range(STAGES - 1):
-    copy_tile(x_in, early, x_ptr, early * T, L, D, column, mask, T)
-    copy_tile(dt_in, early, dt_ptr, early * T, L, D, column, mask, T)
-    copy_tile(B_in, early, B_ptr, early * T, L, N, column_n, mask_n, T)
-    copy_tile(C_in, early, C_ptr, early * T, L, N, column_n, mask_n, T)
+    copy_tile(x_in, early, x_ptr, (first + early) * T, L, D, column, mask, T)
+    copy_tile(dt_in, early, dt_ptr, (first + early) * T, L, D, column, mask, T)
+    copy_tile(B_in, early, B_ptr, (first + early) * T, L, N, column_n, mask_n, T)
+    copy_tile(C_in, early, C_ptr, (first + early) * T, L, N, column_n, mask_n, T)
     if z_ptr is not None:
-      copy_tile(z_in, early, z_ptr, early * T, L, D, column, mask, T)
+      copy_tile(z_in, early, z_ptr, (first + early) * T, L, D, column, mask, T)
     async_copy.commit_group()
 
   A = to_variables(gl.load(A_ptr + of_block, mask=mine, other=0.0), S, states)
   if h0_ptr is not None:
-    h = gl.load(h0_ptr + b * (D * N) + of_block, mask=mine, other=0.0)
+    h = gl.load(h0_ptr + row * (D * N) + of_block, mask=mine, other=0.0)
   else:
     h = gl.zeros([BD, N], gl.float32, layout=vectors)
   h = to_variables(h, S, states)
 
-  K: gl.constexpr = (L + T - 1) // T
   SAVES: gl.constexpr = (L + SAVE - 1) // SAVE
-  for k in range(K):
-    t0 = k * T
+  for k in range(count):
+    t0 = (first + k) * T
     slot = k % STAGES
     async_copy.wait_group(STAGES - 2)
     later = k + STAGES - 1
     free = later % STAGES
-    copy_tile(x_in, free, x_ptr, later * T, L, D, column, mask, T)
-    copy_tile(dt_in, free, dt_ptr, later * T, L, D, column, mask, T)
-    copy_tile(B_in, free, B_ptr, later * T, L, N, column_n, mask_n, T)
-    copy_tile(C_in, free, C_ptr, later * T, L, N, column_n, mask_n, T)
+    copy_tile(x_in, free, x_ptr, (first + later) * T, L, D, column, mask, T)
+    copy_tile(dt_in, free, dt_ptr, (first + later) * T, L, D, column, mask, T)
+    copy_tile(B_in, free, B_ptr, (first + later) * T, L, N, column_n, mask_n, T)
+    copy_tile(C_in, free, C_ptr, (first + later) * T, L, N, column_n, mask_n, T)
     if z_ptr is not None:
-      copy_tile(z_in, free, z_ptr, later * T, L, D, column, mask, T)
+      copy_tile(z_in, free, z_ptr, (first + later) * T, L, D, column, mask, T)
     async_copy.commit_group()
     there = t0 + t_tile < L
     x = x_in.index(slot).load(tile).to(gl.float32)
@@ -164,4 +166,6 @@ def forward(
       y = y * z * sigmoid(z)
     gl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=there & mask)
   async_copy.wait_group(0)
+  if PIECE < L:
+    mine = mine & ((first + count) * T >= L)
   gl.store(h_ptr + b * (D * N) + of_block, from_variables(h, vectors), mask=mine)

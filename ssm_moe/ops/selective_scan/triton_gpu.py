@@ -5,6 +5,9 @@ backward pass makes the states between them again. Nothing of size L x N x D is 
 is added atomically: the gradients of B and C leave each program as a partial sum over its channels,
 rounded to their dtype, and a third kernel adds these up.
 
+Where rows and channels are few, their time is cut into pieces that run side by side; a fourth
+kernel, before each of the two, finds what enters each piece.
+
 What was tried, and what it brought, is in docs/performance.md.
 """
 
@@ -17,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from ssm_moe.ops import gpu_kernels
+from ssm_moe.ops.selective_scan import pieces
 from ssm_moe.ops.selective_scan.reference import segment_starts
 from ssm_moe.shapes import Array, Float, Int
 
@@ -25,8 +29,11 @@ _MAX_STATES = 256
 _LEAST_STATES = 8
 _STATES_PER_KERNEL = 32
 _UNROLLED = 4  # U of the backward kernel
-# Schedulers of an H200: with fewer programs of one warp than these, more threads share the work.
+# Schedulers of an H200: with fewer programs of one warp than these, time is cut into pieces.
 _SCHEDULERS = 4 * 132
+_LEAST_PIECE = 512  # tokens: less is not worth the pass that comes first
+# In what a piece hands on, what is below 2**-40 of what it was counts as nothing (float32: 2**-24).
+_LEAST_DECAY = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +47,7 @@ class BlockSizes:
     stages: Tiles in flight, and the one in use.
     max_registers: Of a thread, so that more programs fit on a multiprocessor; the compiler's choice
       if None.
+    pieces: Of a row, about: each a program of its own.
   """
 
   tile: int = 16
@@ -47,19 +55,26 @@ class BlockSizes:
   warps: int = 1
   stages: int = 3
   max_registers: int | None = None
+  pieces: int = 1
 
 
-def default_block_sizes(rows: int, channels: int, states: int) -> tuple[BlockSizes, BlockSizes]:
-  """Returns block sizes, forward and backward, for B rows of D channels.
+def default_block_sizes(
+  rows: int, length: int, channels: int, states: int
+) -> tuple[BlockSizes, BlockSizes, BlockSizes]:
+  """Returns block sizes, forward, backward and of what pieces hand on, for B rows of D channels.
 
   Args:
-    rows, channels: B and D.
+    rows, length, channels: B, L and D.
     states: N, a power of two, 8 or more.
   """
   warps = rows * channels * states // (32 * BlockSizes.states_per_thread)
-  if warps < _SCHEDULERS and states <= 16:  # 4 threads at most share a channel
-    return (BlockSizes(tile=32, states_per_thread=4, stages=2),) * 2
-  return BlockSizes(), BlockSizes(stages=2)
+  carry = BlockSizes(tile=64, states_per_thread=2 if states <= 16 else 4, warps=4, stages=2)
+  cuts = 1
+  if warps < _SCHEDULERS:
+    cuts = max(1, min(2 * _SCHEDULERS // max(warps, 1), length // _LEAST_PIECE))
+  if warps * cuts < _SCHEDULERS and states <= 16:  # 4 threads at most share a channel
+    return (BlockSizes(tile=32, states_per_thread=4, stages=2, pieces=cuts),) * 2 + (carry,)
+  return BlockSizes(pieces=cuts), BlockSizes(stages=2, pieces=cuts), carry
 
 
 def supports(*arrays: Array | None) -> str | None:
@@ -96,6 +111,7 @@ class _Settings(NamedTuple):
 
   forward: BlockSizes
   backward: BlockSizes
+  carry: BlockSizes
   dt_softplus: bool
 
 
@@ -112,21 +128,22 @@ def selective_scan(
   dt_softplus: bool = False,
   segment_ids: Int[Array, 'B L'] | None = None,
   h0: Float[Array, 'B D N'] | None = None,
-  block_sizes: tuple[BlockSizes, BlockSizes] | None = None,
+  block_sizes: tuple[BlockSizes, BlockSizes, BlockSizes] | None = None,
 ) -> tuple[Float[Array, 'B L D'], Float[Array, 'B D N']]:
   """Runs the recurrence by kernels; see `api.selective_scan`.
 
   Differentiable once, in reverse mode. With segment ids, an A above zero counts as zero.
 
   Args:
-    block_sizes: Of the forward kernel and of the backward; chosen by shape if None.
+    block_sizes: Of the forward kernel, of the backward, and of the one that finds what pieces hand
+      on; chosen by shape if None.
   """
   d_inner, d_state = A.shape
   if d_state > _STATES_PER_KERNEL:
     return _by_states(x, dt, A, B, C, D, z, dt_bias, dt_softplus, segment_ids, h0)
   states = max(_LEAST_STATES, 1 << (d_state - 1).bit_length())
   if block_sizes is None:
-    block_sizes = default_block_sizes(x.shape[0], d_inner, states)
+    block_sizes = default_block_sizes(*x.shape, states)
   settings = _Settings(*block_sizes, dt_softplus)
   if settings.forward.tile % settings.backward.tile:
     raise ValueError(
@@ -208,6 +225,9 @@ def _run_forward(settings, inputs, starts, *, save):
     'ungated_ptr': inputs.x if save and inputs.z is not None else None,
   }
   arrays = _kernel_inputs(inputs, starts) | {'h0_ptr': inputs.h0}
+  if _piece(length, settings.forward, settings) < length:
+    carries, decays = _carry(settings, arrays, inputs.x, inputs.B)
+    arrays['h0_ptr'] = pieces.join(inputs.h0, carries, decays)
   return _call(
     triton_forward.forward, settings.forward, settings, inputs, arrays, shapes, SAVE=between
   ).values()
@@ -221,12 +241,13 @@ def _backward(settings, residuals, cotangents):
   sizes = settings.backward
   batch, length, channels = inputs.x.shape
   states = inputs.A.shape[1]
+  programs = batch * -(-length // _piece(length, sizes, settings))
   tokens = -(-length // sizes.tile) * sizes.tile
   shapes = {
     'dx_ptr': inputs.x,
     'ddt_ptr': inputs.dt,
     'dz_ptr': inputs.z,
-    'dA_ptr': _float32(batch, channels, states),
+    'dA_ptr': _float32(programs, channels, states),
     'dBC_ptr': jax.ShapeDtypeStruct(
       (
         batch,
@@ -238,8 +259,8 @@ def _backward(settings, residuals, cotangents):
       ),
       inputs.B.dtype,
     ),
-    'dD_ptr': None if inputs.D is None else _float32(batch, channels),
-    'dbias_ptr': None if inputs.dt_bias is None else _float32(batch, channels),
+    'dD_ptr': None if inputs.D is None else _float32(programs, channels),
+    'dbias_ptr': None if inputs.dt_bias is None else _float32(programs, channels),
     'dh0_ptr': inputs.h0,
   }
   arrays = _kernel_inputs(inputs, starts) | {
@@ -248,6 +269,9 @@ def _backward(settings, residuals, cotangents):
     'dy_ptr': dy,
     'dh_ptr': dh,
   }
+  if programs > batch:
+    carries, decays = _carry(settings, arrays, dy, inputs.C, back=True)
+    arrays['dh_ptr'] = pieces.join(dh, carries, decays, from_right=True)
   results = _call(triton_backward.backward, sizes, settings, inputs, arrays, shapes)
   dB, dC = _add_parts(results['dBC_ptr'], inputs.B, inputs.C)
 
@@ -269,6 +293,45 @@ def _backward(settings, residuals, cotangents):
 
 
 _scan.defvjp(_forward, _backward)
+
+
+def _piece(length: int, sizes: BlockSizes, settings: _Settings) -> int:
+  """Returns how many tokens a program of a kernel has."""
+  multiple = math.lcm(sizes.tile, settings.carry.tile)
+  return pieces.tokens_of_piece(length, sizes.pieces, multiple) if sizes.pieces > 1 else length
+
+
+def _carry(
+  settings: _Settings,
+  arrays: dict[str, Array | None],
+  values: Float[Array, 'B L D'],
+  vectors: Float[Array, 'B L N'],
+  *,
+  back: bool = False,
+) -> list[Float[Array, 'B Q D N']]:
+  """Returns what pieces add to the state that leaves them, or its cotangent, and their decays."""
+  from ssm_moe.ops.selective_scan import triton_carry
+
+  batch, length, channels = values.shape
+  states = vectors.shape[2]
+  sizes = settings.carry
+  piece = _piece(length, settings.backward if back else settings.forward, settings)
+  passed = -(-length // piece) - 1
+  return gpu_kernels.call(
+    **{name: arrays[name] for name in ('dt_ptr', 'A_ptr', 'bias_ptr', 'starts_ptr')},
+    values_ptr=values,
+    z_ptr=arrays['z_ptr'] if back else None,
+    vectors_ptr=vectors,
+    kernel=triton_carry.carry,
+    out_type=[_float32(batch, passed, channels, states)] * 2,
+    grid=(-(-channels // _program_channels(states, sizes)), batch * passed, 1),
+    name='selective_scan_carry',
+    options={'num_warps': sizes.warps, 'maxnreg': sizes.max_registers},
+    **_constants(values, vectors, sizes, settings),
+    PIECE=piece,
+    BACK=back,
+    LEAST=_LEAST_DECAY,
+  )
 
 
 def _add_parts(
@@ -316,7 +379,7 @@ def _kernel_inputs(inputs: _Inputs, starts: Int[Array, 'B L'] | None) -> dict[st
 def _call(kernel, sizes: BlockSizes, settings, inputs, arrays, shapes, **constants):
   """Starts a kernel. Returns its outputs by name; where a shape is None there is none."""
   batch, length, channels = inputs.x.shape
-  states = inputs.A.shape[1]
+  piece = _piece(length, sizes, settings)
   present = {name: shape for name, shape in shapes.items() if shape is not None}
   absent = dict.fromkeys(shapes.keys() - present.keys())
   outputs = gpu_kernels.call(
@@ -324,21 +387,39 @@ def _call(kernel, sizes: BlockSizes, settings, inputs, arrays, shapes, **constan
     **absent,
     kernel=kernel,
     out_type=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in present.values()],
-    grid=(-(-channels // _program_channels(states, sizes)), batch, 1),
+    grid=(
+      -(-channels // _program_channels(inputs.A.shape[1], sizes)),
+      batch * -(-length // piece),
+      1,
+    ),
     name=f'selective_scan_{kernel.fn.__name__}',
     options={'num_warps': sizes.warps, 'maxnreg': sizes.max_registers},
-    L=length,
-    D=channels,
-    N=states,
-    T=sizes.tile,
-    BD=_program_channels(states, sizes),
-    NT=states // sizes.states_per_thread,
-    W=sizes.warps,
-    STAGES=sizes.stages,
-    SOFTPLUS=settings.dt_softplus,
+    **_constants(inputs.x, inputs.B, sizes, settings),
+    PIECE=piece,
     **constants,
   )
   return dict.fromkeys(shapes) | dict(zip(present, outputs))
+
+
+def _constants(
+  values: Float[Array, 'B L D'],
+  vectors: Float[Array, 'B L N'],
+  sizes: BlockSizes,
+  settings: _Settings,
+) -> dict[str, int | bool]:
+  _, length, channels = values.shape
+  states = vectors.shape[2]
+  return {
+    'L': length,
+    'D': channels,
+    'N': states,
+    'T': sizes.tile,
+    'BD': _program_channels(states, sizes),
+    'NT': states // sizes.states_per_thread,
+    'W': sizes.warps,
+    'STAGES': sizes.stages,
+    'SOFTPLUS': settings.dt_softplus,
+  }
 
 
 def _program_channels(states: int, sizes: BlockSizes) -> int:

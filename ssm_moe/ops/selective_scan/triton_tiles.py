@@ -1,4 +1,4 @@
-"""What the scan's two GPU kernels are made of: tiles in shared memory, and states in registers.
+"""What the scan's GPU kernels are made of: tiles in shared memory, and states in registers.
 
 The states of one channel that a thread owns are S variables of one element a thread each, tensors
 of [channels, threads that share a channel]: so every product and sum over them is one instruction.
@@ -57,6 +57,20 @@ def _softplus(x):
 @gluon.jit
 def sigmoid(x):
   return _reciprocal(1.0 + exp2(-x * _LOG2_E))
+
+
+@gluon.jit
+def tiles_of_piece(L: gl.constexpr, T: gl.constexpr, PIECE: gl.constexpr):
+  """Returns the number of this program's piece, over all rows, its first tile and their number."""
+  TILES: gl.constexpr = (L + T - 1) // T
+  PIECES: gl.constexpr = (L + PIECE - 1) // PIECE
+  row = gl.program_id(1)
+  first = 0
+  count = TILES
+  if PIECES > 1:
+    first = row % PIECES * (PIECE // T)
+    count = gl.minimum(TILES - first, PIECE // T)
+  return row.to(gl.int64), first, count
 
 
 @gluon.jit

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssm_moe.ops.causal_conv1d import causal_conv1d
+from ssm_moe.ops.causal_conv1d import causal_conv1d, shifted
 from tests import tolerances
+from tests.ops.causal_conv1d import cases
 
 _BATCH, _LENGTH, _CHANNELS, _WIDTH = 2, 13, 6, 4
 
@@ -54,6 +55,26 @@ def test_agrees_with_the_library_convolution(inputs):
   )
   expected = expected + bias[None, None, :]
   tolerances.assert_close(y, expected, rtol=tolerances.FLOAT32_REORDERED)
+
+
+def test_the_activation_is_of_the_sum_and_not_of_the_state(inputs):
+  x, kernel, bias, state = inputs
+  linear, last = causal_conv1d(x, kernel, bias, state=state)
+  y, last_activated = causal_conv1d(x, kernel, bias, activation='silu', state=state)
+  tolerances.assert_close(y, jax.nn.silu(linear), rtol=tolerances.FLOAT32_REORDERED)
+  chex.assert_trees_all_equal(last_activated, last)
+
+
+@pytest.mark.parametrize('case', cases.CASES, ids=lambda case: case.name)
+def test_the_state_found_alone_is_the_same(case):
+  @jax.jit
+  def both(key):
+    arguments, _ = cases.make_arguments(case, key)
+    rest = {name: arguments[name] for name in ('segment_ids', 'state')}
+    alone = shifted.last_state(arguments['x'], case.width, **rest)
+    return alone, causal_conv1d(**arguments)[1]
+
+  chex.assert_trees_all_equal(*both(jax.random.key(1)))
 
 
 @pytest.mark.parametrize('cut', [1, 2, 3, 7, 12])
@@ -142,6 +163,7 @@ def test_the_document_of_the_state_may_end_before_the_state_is_used_up(inputs):
     (dict(segment_ids=jnp.ones((2, 13))), TypeError, 'segment_ids is float32; it must be integer'),
     (dict(x=jnp.ones((2, 13, 6), int)), TypeError, 'x is int32; it must be floating point'),
     (dict(bias=jnp.ones(6, int)), TypeError, 'bias is int32; it must be floating point'),
+    (dict(activation='relu'), ValueError, "activation is 'relu'; it must be 'silu' or None"),
   ],
 )
 def test_what_does_not_fit_is_refused(inputs, change, error, message):

@@ -6,6 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from ssm_moe.ops import implementation as implementation_lib
+from ssm_moe.ops.per_device import per_device
 from ssm_moe.ops.selective_scan import associative, chunked, pallas_tpu, reference, triton_gpu
 from ssm_moe.shapes import Array, Float, Int
 
@@ -59,7 +60,8 @@ def selective_scan(
       to zero before the step. Position 0 always continues from `h0`: `h0` belongs to the segment of
       the first token, so a caller whose row starts a document gives zeros.
     h0: State before the first token; zeros if None.
-    implementation: 'auto' selects by backend; a name never falls back to another.
+    implementation: 'auto' selects by backend; a name never falls back to another. In a program for
+      several devices, as the ambient mesh tells, each scans its own rows and channels.
 
   Returns:
     y in the dtype of `x`, and the last state in float32 (float64 when any input is). Gradients flow
@@ -71,18 +73,43 @@ def selective_scan(
     NotImplementedError: the named implementation cannot run these arguments; the message says
       which and why.
   """
-  x, dt, A, B, C = (jnp.asarray(v) for v in (x, dt, A, B, C))
-  options = {'D': D, 'z': z, 'dt_bias': dt_bias, 'segment_ids': segment_ids, 'h0': h0}
-  options = {name: None if v is None else jnp.asarray(v) for name, v in options.items()}
-  _check_shapes({'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C, **options})
-  _check_dtypes({'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C, **options})
+  arrays = {'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C}
+  arrays |= {'D': D, 'z': z, 'dt_bias': dt_bias, 'segment_ids': segment_ids, 'h0': h0}
+  arrays = {name: None if v is None else jnp.asarray(v) for name, v in arrays.items()}
+  _check_shapes(arrays)
+  _check_dtypes(arrays)
+  run = functools.partial(_run, dt_softplus=dt_softplus, implementation=implementation)
+  return per_device(run, arrays, _AXES, (_AXES['x'], _AXES['h0']))
+
+
+_AXES = {
+  'x': ('batch', None, 'inner'),
+  'dt': ('batch', None, 'inner'),
+  'A': ('inner', None),
+  'B': ('batch', None, None),
+  'C': ('batch', None, None),
+  'D': ('inner',),
+  'z': ('batch', None, 'inner'),
+  'dt_bias': ('inner',),
+  'segment_ids': ('batch', None),
+  'h0': ('batch', 'inner', None),
+}
+
+
+def _run(
+  *, x, dt, A, B, C, dt_softplus: bool, implementation: Implementation, **options
+) -> tuple[Array, Array]:
   candidates = dict.fromkeys(_FUNCTIONS, implementation_lib.always)
   for kernel in (triton_gpu, pallas_tpu):
     candidates[kernel.__name__.rpartition('.')[2]] = functools.partial(
-      kernel.supports, x, dt, A, B, C, *options.values()
+      kernel.supports, x, dt, A, B, C, *(options[name] for name in _OPTIONS)
     )
   name = implementation_lib.select('selective_scan', implementation, candidates)
   return _FUNCTIONS[name](x, dt, A, B, C, dt_softplus=dt_softplus, **options)
+
+
+# In the order of `supports`.
+_OPTIONS = ('D', 'z', 'dt_bias', 'segment_ids', 'h0')
 
 
 def _check_shapes(arrays: dict[str, Array | None]) -> None:

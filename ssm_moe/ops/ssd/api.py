@@ -1,10 +1,12 @@
 """Mamba-2's scan: checks of the arguments and the choice of an implementation."""
 
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
 
 from ssm_moe.ops import implementation as implementation_lib
+from ssm_moe.ops.per_device import per_device
 from ssm_moe.ops.ssd import chunked, reference
 from ssm_moe.shapes import Array, Float, Int
 
@@ -51,7 +53,8 @@ def ssd(
       to zero before the step. Position 0 always continues from `h0`: `h0` belongs to the segment of
       the first token, so a caller whose row starts a document gives zeros.
     h0: State before the first token; zeros if None.
-    implementation: 'auto' selects by backend; a name never falls back to another.
+    implementation: 'auto' selects by backend; a name never falls back to another. In a program for
+      several devices, as the ambient mesh tells, each runs its own rows and heads.
 
   Returns:
     y in the dtype of `x`, and the last state in float32 (float64 when any input is). Gradients flow
@@ -63,11 +66,32 @@ def ssd(
     NotImplementedError: the named implementation cannot run these arguments; the message says
       which and why.
   """
-  x, dt, A, B, C = (jnp.asarray(v) for v in (x, dt, A, B, C))
-  options = {'D': D, 'dt_bias': dt_bias, 'segment_ids': segment_ids, 'h0': h0}
-  options = {name: None if v is None else jnp.asarray(v) for name, v in options.items()}
-  _check_shapes({'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C, **options})
-  _check_dtypes({'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C, **options})
+  arrays = {'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C}
+  arrays |= {'D': D, 'dt_bias': dt_bias, 'segment_ids': segment_ids, 'h0': h0}
+  arrays = {name: None if v is None else jnp.asarray(v) for name, v in arrays.items()}
+  _check_shapes(arrays)
+  _check_dtypes(arrays)
+  run = functools.partial(_run, dt_softplus=dt_softplus, implementation=implementation)
+  # One group is read by the heads of all devices; several go with their heads.
+  of_groups = ('batch', None, None if arrays['B'].shape[2] == 1 else 'heads', None)
+  axes = _AXES | {'B': of_groups, 'C': of_groups}
+  return per_device(run, arrays, axes, (_AXES['x'], _AXES['h0']))
+
+
+_AXES = {
+  'x': ('batch', None, 'heads', None),
+  'dt': ('batch', None, 'heads'),
+  'A': ('heads',),
+  'D': ('heads',),
+  'dt_bias': ('heads',),
+  'segment_ids': ('batch', None),
+  'h0': ('batch', 'heads', None, None),
+}
+
+
+def _run(
+  *, x, dt, A, B, C, dt_softplus: bool, implementation: Implementation, **options
+) -> tuple[Array, Array]:
   candidates = dict.fromkeys(_FUNCTIONS, implementation_lib.always)
   name = implementation_lib.select('ssd', implementation, candidates)
   return _FUNCTIONS[name](x, dt, A, B, C, dt_softplus=dt_softplus, **options)

@@ -30,12 +30,17 @@ _MODELS = flags.DEFINE_list('models', None, 'Rows of configs/benchmark.py, or FI
 _SET = flags.DEFINE_multi_string(
   'set', [], 'FIELD=VALUE in every config, such as train.loss_chunk=8192; may be repeated.'
 )
-_OUTPUT = flags.DEFINE_string('output', None, 'Write the records there, as a JSON list.')
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'Put the records there, a JSON list; others that are there stay.'
+)
 _REPEATS = flags.DEFINE_integer('repeats', 12, 'Timed steps.', lower_bound=1)
 _WARMUP = flags.DEFINE_integer('warmup', 3, 'Steps before them.', lower_bound=1)
 _CHECK = flags.DEFINE_bool('check', True, 'Compare the first step with one in float32.')
 _PEAK = flags.DEFINE_float(
-  'peak_tflops', 989.0, 'That the MFU is of; the H100 and H200 have 989 in bfloat16 as published.'
+  'peak_tflops',
+  989.0,
+  'That the MFU is of; the H100 and H200 have 989 in bfloat16 as published.',
+  lower_bound=1e-3,
 )
 _PROFILE = flags.DEFINE_string(
   'profile', None, 'Folder for MODEL.json, the kernels of a step, and MODEL.hlo.gz, its program.'
@@ -126,22 +131,20 @@ def main():
   rows = runpy.run_path(str(_ROWS))
   names = _MODELS.value or list(rows['ROWS'])
   experiments = {n: benchmark_configs.load('models', n, _SET.value, rows=_ROWS) for n in names}
-  if _OUTPUT.value is not None:
-    command_line.check_output('output', _OUTPUT.value)
+  earlier = benchmark_records.read('output', _OUTPUT.value)
   if _PROFILE.value is not None:
     command_line.check_output('profile', pathlib.Path(_PROFILE.value) / 'any')
   records = {}
   for name, experiment in experiments.items():
+    print(f'{name}: {benchmark_configs.shape_of(experiment)}; compiles, then runs', flush=True)
     records[name] = benchmark(name, experiment)
     dense = rows['DENSE'].get(name)
     if dense in records:
       ratio = records[name]['median_ms'] / records[dense]['median_ms']
       records[name]['over_dense'] = ratio
       print(f'{name} takes {ratio:.3f} times as long as {dense}', flush=True)
-    if _OUTPUT.value is not None:
-      # After each model: what was measured is kept if the run is cut short.
-      text = json.dumps(list(records.values()), indent=2)
-      pathlib.Path(_OUTPUT.value).write_text(text + '\n')
+    # After each model: what was measured is kept if the run is cut short.
+    benchmark_records.write(_OUTPUT.value, earlier, list(records.values()))
 
 
 if __name__ == '__main__':

@@ -31,14 +31,20 @@ from ssm_moe.errors import UserError
 from ssm_moe.ops.grouped_matmul import blocks
 from ssm_moe.training.losses import cross_entropy_sum
 
-_OUTPUT = flags.DEFINE_string('output', None, 'Write the records there, as a JSON list.')
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'Put the records there, a JSON list; others that are there stay.'
+)
 _FILTER = flags.DEFINE_string(
   'filter', '', 'Run the "op/implementation shape" that this regex is in.'
 )
 _REPEATS = flags.DEFINE_integer('repeats', 7, 'Timings of each pass.', lower_bound=1)
-_SEED = flags.DEFINE_integer('seed', None, 'Of the data; a new one at each run if not given.')
+_SEED = flags.DEFINE_integer(
+  'seed', None, 'Of the data; a new one at each run if not given.', 0, 2**31 - 1
+)
 _TUNE = flags.DEFINE_string(
-  'tune', None, 'Only time sizes of blocks of the grouped matmul, and write the table there.'
+  'tune',
+  None,
+  'Only time sizes of blocks of the grouped matmul, and put them into the table there.',
 )
 _PEER = flags.DEFINE_bool('peer', False, 'Time mamba_ssm and torch too, where they are installed.')
 
@@ -86,8 +92,8 @@ def tune(path: str, seed: int, timing: Timing) -> None:
   try:
     shapes = json.loads(table.read_text()) if table.exists() else {}
     blocks.parse_table(shapes)
-  except (ValueError, LookupError, TypeError, AttributeError) as error:
-    raise UserError(f'--tune={path}: there is a file that is no such table') from error
+  except (ValueError, AttributeError) as error:
+    raise UserError(f'--tune={path}: there is a file that is no table of sizes: {error}') from error
   for shape, kernels in benchmark_tune.grouped_matmuls(seed, timing):
     shapes[shape] = kernels
     print(benchmark_tune.table(shape, kernels), flush=True)
@@ -98,8 +104,7 @@ def main():
   platform = jax.default_backend()
   ops = all_benchmarks(platform)
   chosen = chosen_names(ops, _FILTER.value, _PEER.value)
-  if _OUTPUT.value is not None:
-    command_line.check_output('output', _OUTPUT.value)
+  earlier = benchmark_records.read('output', _OUTPUT.value)
   seed = secrets.randbelow(2**31) if _SEED.value is None else _SEED.value
   print(f'seed {seed}, {_REPEATS.value} repeats', flush=True)
   timing = Timing.on(platform, _REPEATS.value)
@@ -127,10 +132,8 @@ def main():
     sys.stdout.flush()
     records += outcome.records
     failures += len(outcome.failed)
-    if _OUTPUT.value is not None:
-      # After each op: what was measured is kept if the run is cut short.
-      text = json.dumps([record.as_dict() for record in records], indent=2)
-      pathlib.Path(_OUTPUT.value).write_text(text + '\n')
+    # After each op: what was measured is kept if the run is cut short.
+    benchmark_records.write(_OUTPUT.value, earlier, [record.as_dict() for record in records])
   if failures:
     print(f'benchmark_ops.py: seed {seed}: {failures} without a time', file=sys.stderr)
     sys.exit(1)

@@ -5,6 +5,8 @@ import pathlib
 import runpy
 from collections.abc import Iterable
 
+import ml_collections
+
 from ssm_moe import config
 from ssm_moe.config import ExperimentConfig
 from ssm_moe.errors import UserError
@@ -30,8 +32,13 @@ def load(flag: str, name: str, overrides: Iterable[str], *, rows: pathlib.Path) 
   try:
     get_config = runpy.run_path(file)['get_config']
     values = get_config(row) if row else get_config()
-  except (KeyError, TypeError, ValueError) as error:
-    raise UserError(f'--{flag}={name}: {error}') from error
+  except Exception as error:  # whatever a file of the user's raises
+    kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+    raise UserError(f'--{flag}={name}: {kind}{" ".join(str(error).split())}') from error
+  if not isinstance(values, ml_collections.ConfigDict):
+    raise UserError(
+      f'--{flag}={name}: get_config returns {type(values).__name__}; it must return a ConfigDict'
+    )
   for override in overrides:
     field, equals, text = override.partition('=')
     if not equals:

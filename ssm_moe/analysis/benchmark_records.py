@@ -2,13 +2,18 @@
 
 import dataclasses
 import functools
+import json
 import os
+import pathlib
 import subprocess
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+from ssm_moe import command_line
+from ssm_moe.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,43 @@ def make_record(
     jax=jax.__version__,
     commit=commit(),
   )
+
+
+# What makes two records those of one measurement, taken again.
+_KEY = ('name', 'shape', 'dtype', 'implementation', 'pass', 'device')
+
+
+def read(flag: str, path: str | os.PathLike | None) -> list[dict[str, Any]]:
+  """Returns the records of a file that `write` is to add to; none if there is no file.
+
+  Raises:
+    UserError: the file is something else, or cannot be written.
+  """
+  if path is None:
+    return []
+  command_line.check_output(flag, path)
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  try:
+    records = json.loads(path.read_text())
+    if not all(set(_KEY) <= set(record) for record in records):
+      raise ValueError
+  except (ValueError, TypeError) as error:
+    raise UserError(
+      f'--{flag}={path}: there is a file that is no list of records; give another name'
+    ) from error
+  return records
+
+
+def write(
+  path: str | os.PathLike | None, earlier: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]
+) -> None:
+  """Writes what was there, each record in its newest form, then what is new."""
+  if path is None or not new:
+    return
+  newest = {tuple(record[key] for key in _KEY): record for record in (*earlier, *new)}
+  pathlib.Path(path).write_text(json.dumps(list(newest.values()), indent=2) + '\n')
 
 
 def table(records: Sequence[Record]) -> str:

@@ -12,12 +12,9 @@ from flax import linen as nn
 from flax import struct
 
 from ssm_moe.config import RoutingConfig
-from ssm_moe.ops import implementation
 from ssm_moe.shapes import Array, Bool, Float, Int
 
 _UNDECIDED = -1
-# Up to so many experts, the gradient of a router's input is a sum of products on a GPU.
-_FEW_EXPERTS = 16
 
 
 @no_type_check
@@ -121,9 +118,9 @@ class Router(nn.Module):
       (x.shape[-1], config.num_experts),
       jnp.float32,
     )
-    x = x.astype(jnp.float32)
-    few = config.num_experts <= _FEW_EXPERTS and implementation.platform() == 'gpu'
-    router_logits = (_product_with_few if few else _product)(x, kernel)
+    # HIGHEST: on GPU and TPU a float32 matmul would else round its inputs to 10 or 7 bits, and
+    # near-ties would be decided by that rounding.
+    router_logits = jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
     if config.score == 'softmax':
       scores = router_probs = jax.nn.softmax(router_logits, axis=-1)
     else:
@@ -156,27 +153,6 @@ class Router(nn.Module):
       jnp.float32,
     )
     return jax.lax.stop_gradient(bias)
-
-
-def _product(x: Float[Array, 'T M'], kernel: Float[Array, 'M E']) -> Float[Array, 'T E']:
-  # HIGHEST: on GPU and TPU a float32 matmul would else round its inputs to 10 or 7 bits, and
-  # near-ties would be decided by that rounding.
-  return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.custom_vjp
-def _product_with_few(x: Float[Array, 'T M'], kernel: Float[Array, 'M E']) -> Float[Array, 'T E']:
-  return _product(x, kernel)
-
-
-def _product_with_few_backward(residuals, d_logits):
-  x, kernel = residuals
-  # As a sum, which XLA joins to what takes it: a matmul would write T x M numbers of their own.
-  dx = sum(d_logits[:, e, None] * kernel[None, :, e] for e in range(kernel.shape[1]))
-  return dx, _product(x.T, d_logits)
-
-
-_product_with_few.defvjp(lambda *inputs: (_product(*inputs), inputs), _product_with_few_backward)
 
 
 def _best(scores: Float[Array, 'T E'], top_k: int) -> Int[Array, 'T K']:

@@ -13,10 +13,16 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 from absl import logging
 
+from ssm_moe.errors import UserError
+
 Supports = Callable[[], str | None]
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar('platform', default=None)
 _DEVICES: contextvars.ContextVar[int | None] = contextvars.ContextVar('devices', default=None)
+
+
+class UnavailableError(UserError, NotImplementedError):
+  """An implementation was named that cannot run what it was given, where it was to run."""
 
 
 def platform() -> str:
@@ -77,7 +83,7 @@ def select(op: str, implementation: str, candidates: Mapping[str, Supports]) -> 
     candidates: In order of preference; each value returns why it cannot run, or None.
 
   Raises:
-    NotImplementedError: the named implementation cannot run; the message says which and why.
+    UnavailableError: the named implementation cannot run; the message says which and why.
     ValueError: there is no implementation of that name.
   """
   if implementation != 'auto':
@@ -86,7 +92,7 @@ def select(op: str, implementation: str, candidates: Mapping[str, Supports]) -> 
       raise ValueError(f'{op} has no implementation {implementation!r}; there are: auto, {names}')
     reason = candidates[implementation]()
     if reason is not None:
-      raise NotImplementedError(f'{op} cannot run {implementation!r} here: {reason}')
+      raise UnavailableError(f'{op} cannot run {implementation!r} here: {reason}')
     return implementation
   reasons = {}
   for name, supports in candidates.items():

@@ -11,7 +11,6 @@ from flax import linen as nn
 
 from ssm_moe.config import RoutingConfig
 from ssm_moe.layers import router as router_lib
-from ssm_moe.ops import implementation
 from tests import tolerances
 
 
@@ -111,20 +110,8 @@ def test_arithmetic_is_float32_for_bfloat16_inputs():
 
 
 @pytest.mark.parametrize('top_k', [1, 2])
-def test_gradients_on_a_gpu_are_those_elsewhere(rng, top_k):
-  kernel = jax.random.normal(rng, (5, 3))
-  x = jax.random.normal(jax.random.fold_in(rng, 1), (8, 5))
-
-  def loss(kernel, x):
-    routing = _router(kernel, x, top_k=top_k)
-    return jnp.sum(routing.routes.combine_weights**2) + jnp.sum(jnp.sin(routing.router_logits))
-
-  expected = jax.grad(loss, argnums=(0, 1))(kernel, x)
-  with implementation.compiling_for('gpu'):
-    actual = jax.grad(loss, argnums=(0, 1))(kernel, x)
-  tolerances.assert_close(actual, expected, rtol=tolerances.FLOAT32_REORDERED)
-  # And the weights are what top_k itself takes, with its gradient.
-  scores = jax.nn.softmax(x @ kernel)
+def test_weights_are_what_top_k_takes_with_its_gradient(rng, top_k):
+  scores = jax.nn.softmax(jax.random.normal(rng, (8, 3)))
   taken, pull = jax.vjp(lambda s: router_lib._take(s, router_lib._best(s, top_k)), scores)
   best, pull_best = jax.vjp(lambda s: jax.lax.top_k(s, top_k)[0], scores)
   chex.assert_trees_all_equal((taken, pull(taken)), (best, pull_best(best)))

@@ -99,6 +99,19 @@ def _check(rows: Array, weights: Array, group_sizes: Array) -> None:
 
 
 def _check_orders(rows: Array, take: RowOrder | None, put: RowOrder | None) -> None:
+  for name, order in (('take', take), ('put', put)):
+    if order is None:
+      continue
+    if not isinstance(order, RowOrder):
+      raise TypeError(f'grouped_matmul: {name} is {type(order).__name__}; it must be RowOrder')
+    for field, axes in (('row_assignment', '[S]'), ('assignment_row', '[T, K]')):
+      array = getattr(order, field)
+      if array.ndim != axes.count(',') + 1:
+        raise ValueError(
+          f'grouped_matmul: {name}.{field} has shape {array.shape}; it must be {axes}'
+        )
+      if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f'grouped_matmul: {name}.{field} is {array.dtype}; it must be integer')
   num_rows = rows.shape[0] if take is None else take.row_assignment.shape[0]
   for name, order in (('take', take), ('put', put)):
     if order is not None and not num_rows == order.row_assignment.size == order.assignment_row.size:

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 TABLE = pathlib.Path(__file__).parent / 'hopper_blocks.json'
@@ -98,17 +99,30 @@ def _table() -> list[tuple[tuple[int, ...], BlockSizes]]:
 def parse_table(
   shapes: dict[str, dict[str, list[dict[str, Any]]]],
 ) -> list[tuple[tuple[int, ...], BlockSizes]]:
-  """Returns (S, M, F, E) and the fastest sizes of each shape that has been tuned."""
+  """Returns (S, M, F, E) and the fastest sizes of each shape that has been tuned.
+
+  Raises:
+    ValueError: this is no such table.
+  """
+  return [(_parse_name(name), _parse_kernels(name, kernels)) for name, kernels in shapes.items()]
+
+
+def _parse_name(name: str) -> tuple[int, ...]:
+  match = re.fullmatch(r'S ([1-9]\d*), M ([1-9]\d*), F ([1-9]\d*), E ([1-9]\d*)', name)
+  if match is None:
+    raise ValueError(f'{name!r} is no shape; it must be like {shape_name(4096, 512, 1024, 8)!r}')
+  return tuple(map(int, match.groups()))
+
+
+def _parse_kernels(name: str, kernels: dict[str, list[dict[str, Any]]]) -> BlockSizes:
   fields = [field.name for field in dataclasses.fields(Blocks)]
-  return [
-    (
-      tuple(int(axis.split()[1]) for axis in name.split(', ')),
-      BlockSizes(
-        **{
-          kernel: Blocks(**{field: found[0][field] for field in fields})
-          for kernel, found in kernels.items()
-        }
-      ),
-    )
-    for name, kernels in shapes.items()
-  ]
+  sizes = {}
+  for kernel in dataclasses.fields(BlockSizes):
+    try:
+      fastest = {field: kernels[kernel.name][0][field] for field in fields}
+    except (LookupError, TypeError) as error:
+      raise ValueError(f'{name}: {kernel.name} lacks {error}') from error
+    if not all(isinstance(size, int) for size in fastest.values()):
+      raise ValueError(f'{name}: {kernel.name} has {fastest}; all must be integers')
+    sizes[kernel.name] = Blocks(**fastest)
+  return BlockSizes(**sizes)

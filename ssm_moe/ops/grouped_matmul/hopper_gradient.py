@@ -3,8 +3,15 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from ssm_moe.ops.grouped_matmul.hopper_gather import (
+  allocate_gathered,
+  copy_some_rows,
+  load_index,
+  wait_for_copies,
+)
 from ssm_moe.ops.grouped_matmul.hopper_tiles import (
   allocate_stages,
   cut_columns,
@@ -76,14 +83,43 @@ def _next_tile(tile):
 
 
 @gluon.jit
-def _load_for_gradient(state, rows, dy, order, a, b, ready, T: gl.constexpr):
-  """Starts the next copy to shared memory, for this tile or the next, unless there is none left."""
-  tile, size, row, end, a_column, b_column, stage = state
+def _find_rows(index_ptr, row, end, GATHERED: gl.constexpr, T: gl.constexpr):
+  """Returns which rows a block reads: its first or, if gathered, the index of each."""
+  found = row
+  if GATHERED:
+    # Sizes that add up to more than there are rows must not read outside.
+    found = load_index(index_ptr, row, gl.minimum(end, T.num_rows) - row, T.block_inner)
+  return found
+
+
+@gluon.jit
+def _load_for_gradient(
+  state, rows, dy, index_ptr, dy_index_ptr, order, a, b, ready, T: gl.constexpr
+):
+  """Starts the next copy to shared memory, for this tile or the next, unless there is none left.
+
+  Of rows that are gathered, those after the group's last become zero, also when there is none left.
+  """
+  tile, size, row, end, a_column, b_column, stage, a_found, b_found = state
   some = size > 0
   bar = ready.index(stage)
-  mbarrier.expect(bar, rows.block_type.nbytes + dy.block_type.nbytes, pred=some)
-  tma.async_load(rows, [row, a_column], bar, a.index(stage), pred=some)
-  tma.async_load(dy, [row, b_column], bar, b.index(stage), pred=some)
+  count = gl.minimum(end, T.num_rows) - row
+  if not T.gathered and not T.dy_gathered:
+    mbarrier.expect(bar, rows.block_type.nbytes + dy.block_type.nbytes, pred=some)
+  elif not T.gathered:
+    mbarrier.expect(bar, rows.block_type.nbytes, pred=some)
+  elif not T.dy_gathered:
+    mbarrier.expect(bar, dy.block_type.nbytes, pred=some)
+  if not T.gathered:
+    tma.async_load(rows, [row, a_column], bar, a.index(stage), pred=some)
+  if not T.dy_gathered:
+    tma.async_load(dy, [row, b_column], bar, b.index(stage), pred=some)
+  if T.gathered:
+    copy_some_rows(a.index(stage), rows, a_found, a_column, count, T.inputs, T.top_k)
+  if T.dy_gathered:
+    copy_some_rows(b.index(stage), dy, b_found, b_column, count, T.outputs, 1)
+  if T.gathered or T.dy_gathered:
+    async_copy.commit_group()
   stage, _ = next_stage(stage, 0, T)
   row += T.block_inner
   # Groups without rows are the last.
@@ -91,7 +127,9 @@ def _load_for_gradient(state, rows, dy, order, a, b, ready, T: gl.constexpr):
     tile = _next_tile(tile)
     size, row, _, a_column, b_column = _place_gradient(tile, order, T)
     end = row + size
-  return tile, size, row, end, a_column, b_column, stage
+  a_found = _find_rows(index_ptr, row, end, T.gathered, T)
+  b_found = _find_rows(dy_index_ptr, row, end, T.dy_gathered, T)
+  return tile, size, row, end, a_column, b_column, stage, a_found, b_found
 
 
 @gluon.jit
@@ -106,27 +144,39 @@ def _clear_rows(block, count):
 @gluon.jit
 def _multiply(acc, a, b, ready, stage, phase, rest, add, T: gl.constexpr):
   """Starts the multiplication of a stage, when it has come, of which `rest` rows count."""
-  mbarrier.wait(ready.index(stage), phase)
-  if rest < T.block_inner:
-    # What comes after is another group's. Both, as infinities times zero were none.
-    _clear_rows(a.index(stage), rest)
-    _clear_rows(b.index(stage), rest)
-    hopper.fence_async_shared()
-    gl.barrier()
+  if not (T.gathered and T.dy_gathered):
+    mbarrier.wait(ready.index(stage), phase)
+    if rest < T.block_inner:
+      # What comes after is another group's. Both, as infinities times zero were none.
+      if not T.gathered:
+        _clear_rows(a.index(stage), rest)
+      if not T.dy_gathered:
+        _clear_rows(b.index(stage), rest)
+      hopper.fence_async_shared()
+      gl.barrier()
+  if T.gathered or T.dy_gathered:
+    wait_for_copies(T)
   a_block = a.index(stage).permute((1, 0))
   return hopper.warpgroup_mma(a_block, b.index(stage), acc, use_acc=add, is_async=True)
 
 
 @gluon.jit
-def gradient_kernel(rows, dy, sizes_ptr, y_ptr, T: gl.constexpr):
+def gradient_kernel(rows, dy, sizes_ptr, index_ptr, dy_index_ptr, y_ptr, T: gl.constexpr):
   """Sums the outer products of rows and cotangents of each group.
 
   Arrays and their blocks: rows [S, M], [block_inner, block_rows]; dy [S, N], [block_inner,
-  block_columns]; sizes [E] int32; y [E, M, N].
+  block_columns]; sizes [E] int32; index [S] int32, if gathered: row s is row index[s] // top_k of
+  `rows`, which is then a pointer; dy_index [S] int32, if dy_gathered, as much for dy; y [E, M, N].
   """
   acc_layout: gl.constexpr = product_layout(T, gl.num_warps())
-  a = allocate_stages(rows, T)
-  b = allocate_stages(dy, T)
+  if T.gathered:
+    a = allocate_gathered(rows, T.block_inner, T.block_rows, T)
+  else:
+    a = allocate_stages(rows, T)
+  if T.dy_gathered:
+    b = allocate_gathered(dy, T.block_inner, T.block_columns, T)
+  else:
+    b = allocate_stages(dy, T)
   ready = gl.allocate_shared_memory(gl.int64, [T.stages, 1], mbarrier.MBarrierLayout())
   order = gl.allocate_shared_memory(
     gl.int32, [3, T.padded_groups], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -140,9 +190,11 @@ def gradient_kernel(rows, dy, sizes_ptr, y_ptr, T: gl.constexpr):
   tile = gl.program_id(0)
   size, first_row, group, row, column = _place_gradient(tile, order, T)
   # What is loaded is ahead of what is multiplied, and has a state of its own.
-  ahead = (tile, size, first_row, first_row + size, row, column, zero)
+  a_found = _find_rows(index_ptr, first_row, first_row + size, T.gathered, T)
+  b_found = _find_rows(dy_index_ptr, first_row, first_row + size, T.dy_gathered, T)
+  ahead = (tile, size, first_row, first_row + size, row, column, zero, a_found, b_found)
   for _ in gl.static_range(STAGES - 1):
-    ahead = _load_for_gradient(ahead, rows, dy, order, a, b, ready, T)
+    ahead = _load_for_gradient(ahead, rows, dy, index_ptr, dy_index_ptr, order, a, b, ready, T)
 
   stage = zero
   phase = zero
@@ -153,11 +205,11 @@ def gradient_kernel(rows, dy, sizes_ptr, y_ptr, T: gl.constexpr):
   write_count = zero
   write_column = zero
   while size > 0:
-    words = cut_columns(to_words(acc, rows.dtype), PARTS)
+    words = cut_columns(to_words(acc, y_ptr.dtype.element_ty), PARTS)
     acc = _multiply(acc, a, b, ready, stage, phase, size, False, T)
     stage, phase = next_stage(stage, phase, T)
     # Free is now the stage that was read one step before.
-    ahead = _load_for_gradient(ahead, rows, dy, order, a, b, ready, T)
+    ahead = _load_for_gradient(ahead, rows, dy, index_ptr, dy_index_ptr, order, a, b, ready, T)
     write_parts(words, 0, PARTS, y_ptr, write_row, write_count, write_column, T)
     acc = hopper.warpgroup_mma_wait(1, deps=(acc,))  # for nothing, but its type
     for step in range(1, gl.cdiv(size, T.block_inner)):
@@ -165,7 +217,7 @@ def gradient_kernel(rows, dy, sizes_ptr, y_ptr, T: gl.constexpr):
       acc = _multiply(acc, a, b, ready, stage, phase, rest, True, T)
       acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
       stage, phase = next_stage(stage, phase, T)
-      ahead = _load_for_gradient(ahead, rows, dy, order, a, b, ready, T)
+      ahead = _load_for_gradient(ahead, rows, dy, index_ptr, dy_index_ptr, order, a, b, ready, T)
     write_row = group * T.inputs + row
     write_count = T.inputs - row
     write_column = column
@@ -173,7 +225,10 @@ def gradient_kernel(rows, dy, sizes_ptr, y_ptr, T: gl.constexpr):
     tile = _next_tile(tile)
     size, first_row, group, row, column = _place_gradient(tile, order, T)
     acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
-  words = cut_columns(to_words(acc, rows.dtype), PARTS)
+  if T.gathered or T.dy_gathered:
+    # Nobody reads what still comes, but its place in shared memory serves for other things now.
+    async_copy.wait_group(0)
+  words = cut_columns(to_words(acc, y_ptr.dtype.element_ty), PARTS)
   write_parts(words, 0, PARTS, y_ptr, write_row, write_count, write_column, T)
 
   while tile < T.num_groups * T.row_tiles * T.column_tiles:

@@ -1,5 +1,7 @@
 """Starts the kernels for Hopper."""
 
+import dataclasses
+
 import jax
 import jax_triton
 from triton.experimental.gluon import language as gl
@@ -14,11 +16,13 @@ _MULTIPROCESSORS = 132
 
 
 def multiply(
-  rows: Float[Array, 'S M'],
+  rows: Float[Array, 'T M'],
   weights: Float[Array, 'E M F'],
   group_sizes: Int[Array, 'E'],
   blocks,
   *,
+  from_row: Int[Array, 'S'] | None = None,
+  top_k: int = 1,
   to_row: Int[Array, 'S'] | None = None,
   transposed: bool = False,
 ) -> Float[Array, 'S F']:
@@ -29,10 +33,15 @@ def multiply(
     weights: In the dtype of `rows`.
     group_sizes: int32.
     blocks: `blocks.Blocks`.
+    from_row: If given, row s is row from_row[s] // top_k of `rows`, which can have any number.
+    top_k: See from_row.
     to_row: Which row of the result each product becomes, a permutation; the same if None.
     transposed: The last axes of `rows` and `weights` are summed over.
   """
-  num_rows, inputs = rows.shape
+  inputs = rows.shape[1]
+  num_rows = _length(rows, from_row)
+  if blocks.warps == 4 and from_row is not None and to_row is None:
+    blocks = _in_small_parts(blocks)
   outputs = weights.shape[1 if transposed else 2]
   tiling = _tiling(
     blocks,
@@ -43,6 +52,9 @@ def multiply(
     outputs=outputs,
     steps=-(-inputs // blocks.inner),
     transposed=transposed,
+    gathered=from_row is not None,
+    dy_gathered=False,
+    top_k=top_k,
     scattered=to_row is not None,
   )
   inner = (blocks.columns, blocks.inner) if transposed else (blocks.inner, blocks.columns)
@@ -50,41 +62,59 @@ def multiply(
     product_kernel,
     tiling,
     blocks,
-    _describe(rows, (blocks.rows, blocks.inner)),
+    _rows(rows, from_row, (blocks.rows, blocks.inner)),
     _describe(weights, (1, *inner)),
     group_sizes,
-    group_sizes if to_row is None else to_row.astype('int32'),  # a pointer, read only if scattered
+    _pointer(from_row, group_sizes),
+    _pointer(to_row, group_sizes),
     out_type=jax.ShapeDtypeStruct((num_rows, outputs), rows.dtype),
   )
 
 
 def sum_outer_products(
-  rows: Float[Array, 'S M'],
-  dy: Float[Array, 'S F'],
+  rows: Float[Array, 'T M'],
+  dy: Float[Array, '_ F'],
   group_sizes: Int[Array, 'E'],
   blocks,
+  *,
+  from_row: Int[Array, 'S'] | None = None,
+  top_k: int = 1,
+  dy_from_row: Int[Array, 'S'] | None = None,
 ) -> Float[Array, 'E M F']:
-  """Returns, for each group, the sum over its rows of the outer product of row and cotangent."""
+  """Returns, for each group, the sum over its rows of the outer product of row and cotangent.
+
+  Args:
+    rows: As those of `multiply`, like `group_sizes`, `blocks`, `from_row` and `top_k`.
+    dy: In the dtype of `rows`.
+    dy_from_row: If given, which of the rows of `dy` is that of row s.
+  """
   num_groups = group_sizes.shape[0]
   inputs, outputs = rows.shape[1], dy.shape[1]
+  if blocks.warps == 4 or (from_row is None) != (dy_from_row is None):
+    blocks = _in_small_parts(blocks)
   tiling = _tiling(
     blocks,
     num_groups=num_groups,
-    num_rows=rows.shape[0],
+    num_rows=_length(rows, from_row),
     row_tiles=-(-inputs // blocks.rows),
     inputs=inputs,
     outputs=outputs,
     steps=0,
     transposed=False,
+    gathered=from_row is not None,
+    dy_gathered=dy_from_row is not None,
+    top_k=top_k,
     scattered=False,
   )
   return _call(
     gradient_kernel,
     tiling,
     blocks,
-    _describe(rows, (blocks.inner, blocks.rows)),
-    _describe(dy, (blocks.inner, blocks.columns)),
+    _rows(rows, from_row, (blocks.inner, blocks.rows)),
+    _rows(dy, dy_from_row, (blocks.inner, blocks.columns)),
     group_sizes,
+    _pointer(from_row, group_sizes),
+    _pointer(dy_from_row, group_sizes),
     out_type=jax.ShapeDtypeStruct((num_groups, inputs, outputs), rows.dtype),
   )
 
@@ -103,6 +133,24 @@ def _tiling(blocks, *, num_groups, outputs, **others) -> Tiling:
     parts=blocks.parts,
     **others,
   )
+
+
+def _in_small_parts(blocks):
+  """Has a tile written in as many parts as can be, for kernels that would run out of registers."""
+  return dataclasses.replace(blocks, parts=min(4, blocks.columns // 32))
+
+
+def _length(rows: Array, from_row: Array | None) -> int:
+  return rows.shape[0] if from_row is None else from_row.shape[0]
+
+
+def _rows(array: Array, from_row: Array | None, block: tuple[int, int]):
+  return _describe(array, block) if from_row is None else array
+
+
+def _pointer(index: Array | None, other: Array) -> Array:
+  """Returns `index`, or another pointer, which is not read."""
+  return other if index is None else index.astype('int32')
 
 
 def _describe(array: Array, block: tuple[int, ...]) -> jax_triton.TensorDescriptor:

@@ -3,8 +3,15 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from ssm_moe.ops.grouped_matmul.hopper_gather import (
+  allocate_gathered,
+  copy_rows,
+  load_index,
+  wait_for_copies,
+)
 from ssm_moe.ops.grouped_matmul.hopper_tiles import (
   allocate_stages,
   cut_columns,
@@ -47,14 +54,31 @@ def _place(tile, size, T: gl.constexpr):
 
 
 @gluon.jit
-def _load_for_product(state, rows, weights, sizes_ptr, a, b, ready, T: gl.constexpr):
-  """Starts the next copy to shared memory, for this tile or the next, unless there is none left."""
-  tile, group, first_tile, first_row, size, row, column, step, stage = state
+def _find_rows(index_ptr, row, T: gl.constexpr):
+  """Returns which rows a tile reads: its first or, if gathered, the index of each."""
+  found = row
+  if T.gathered:
+    found = load_index(index_ptr, row, T.num_rows - row, T.block_rows)
+  return found
+
+
+@gluon.jit
+def _load_for_product(state, rows, weights, sizes_ptr, index_ptr, a, b, ready, T: gl.constexpr):
+  """Starts the next copy to shared memory, for this tile or the next, unless there is none left.
+
+  Rows that are gathered are copied even then, as no step that waits for them must be left out.
+  """
+  tile, group, first_tile, first_row, size, found, column, step, stage = state
   some = group < T.num_groups
   bar = ready.index(stage)
-  mbarrier.expect(bar, rows.block_type.nbytes + weights.block_type.nbytes, pred=some)
   inner = step * T.block_inner
-  tma.async_load(rows, [row, inner], bar, a.index(stage), pred=some)
+  if T.gathered:
+    mbarrier.expect(bar, weights.block_type.nbytes, pred=some)
+    copy_rows(a.index(stage), rows, found, inner, T.inputs, T.top_k)
+    async_copy.commit_group()
+  else:
+    mbarrier.expect(bar, rows.block_type.nbytes + weights.block_type.nbytes, pred=some)
+    tma.async_load(rows, [found, inner], bar, a.index(stage), pred=some)
   if T.transposed:
     tma.async_load(weights, [group, column, inner], bar, b.index(stage), pred=some)
   else:
@@ -68,14 +92,16 @@ def _load_for_product(state, rows, weights, sizes_ptr, a, b, ready, T: gl.conste
       sizes_ptr, tile, group, first_tile, first_row, size, T
     )
     row, _, column = _place(tile - first_tile, size, T)
-    row += first_row
-  return tile, group, first_tile, first_row, size, row, column, step, stage
+    found = _find_rows(index_ptr, first_row + row, T)
+  return tile, group, first_tile, first_row, size, found, column, step, stage
 
 
 @gluon.jit
 def _multiply(acc, a, b, ready, stage, phase, add, weights, T: gl.constexpr):
   """Starts the multiplication of a stage, when it has come."""
   mbarrier.wait(ready.index(stage), phase)
+  if T.gathered:
+    wait_for_copies(T)
   b_block = b.index(stage).reshape(weights.block_type.shape[1:])
   if T.transposed:
     b_block = b_block.permute((1, 0))
@@ -83,17 +109,21 @@ def _multiply(acc, a, b, ready, stage, phase, add, weights, T: gl.constexpr):
 
 
 @gluon.jit
-def product_kernel(rows, weights, sizes_ptr, places_ptr, y_ptr, T: gl.constexpr):
+def product_kernel(rows, weights, sizes_ptr, index_ptr, places_ptr, y_ptr, T: gl.constexpr):
   """Multiplies each row with the matrix of its group; zeros for rows of no group.
 
   A tile that ends beyond its group multiplies rows of the next, which it does not write.
 
   Arrays and their blocks: rows [S, K], [block_rows, block_inner]; weights [E, K, N],
   [1, block_inner, block_columns], or if transposed [E, N, K], [1, block_columns, block_inner];
-  sizes [E] int32; places [S] int32, if scattered, of each row in y; y [S, N].
+  sizes [E] int32; index [S] int32, if gathered: row s is row index[s] // top_k of `rows`, which is
+  then a pointer; places [S] int32, if scattered, of each row in y; y [S, N].
   """
   acc_layout: gl.constexpr = product_layout(T, gl.num_warps())
-  a = allocate_stages(rows, T)
+  if T.gathered:
+    a = allocate_gathered(rows, T.block_rows, T.block_inner, T)
+  else:
+    a = allocate_stages(rows, T)
   b = allocate_stages(weights, T)
   ready = gl.allocate_shared_memory(gl.int64, [T.stages, 1], mbarrier.MBarrierLayout())
   STAGES: gl.constexpr = T.stages
@@ -107,9 +137,10 @@ def product_kernel(rows, weights, sizes_ptr, places_ptr, y_ptr, T: gl.constexpr)
   )
   row, _, column = _place(tile - first_tile, size, T)
   # What is loaded is ahead of what is multiplied, and has a state of its own.
-  ahead = (tile, group, first_tile, first_row, size, first_row + row, column, zero, zero)
+  found = _find_rows(index_ptr, first_row + row, T)
+  ahead = (tile, group, first_tile, first_row, size, found, column, zero, zero)
   for _ in gl.static_range(STAGES - 1):
-    ahead = _load_for_product(ahead, rows, weights, sizes_ptr, a, b, ready, T)
+    ahead = _load_for_product(ahead, rows, weights, sizes_ptr, index_ptr, a, b, ready, T)
 
   stage = zero
   phase = zero
@@ -122,7 +153,7 @@ def product_kernel(rows, weights, sizes_ptr, places_ptr, y_ptr, T: gl.constexpr)
   write_count = zero
   write_column = zero
   while group < T.num_groups:
-    words = cut_columns(to_words(acc, rows.dtype), PARTS)
+    words = cut_columns(to_words(acc, weights.dtype), PARTS)
     for step in gl.static_range(FIRST_STEPS):
       acc = _multiply(acc, a, b, ready, stage, phase, step > 0, weights, T)
       if step > 0:
@@ -131,7 +162,7 @@ def product_kernel(rows, weights, sizes_ptr, places_ptr, y_ptr, T: gl.constexpr)
         acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
       stage, phase = next_stage(stage, phase, T)
       # Free is now the stage that was read one step before.
-      ahead = _load_for_product(ahead, rows, weights, sizes_ptr, a, b, ready, T)
+      ahead = _load_for_product(ahead, rows, weights, sizes_ptr, index_ptr, a, b, ready, T)
     # None are left, unless there are few steps.
     write_parts(words, FIRST_STEPS - 1, PARTS, y_ptr, write_places, write_count, write_column, T)
     if T.steps > FIRST_STEPS:
@@ -139,7 +170,7 @@ def product_kernel(rows, weights, sizes_ptr, places_ptr, y_ptr, T: gl.constexpr)
         acc = _multiply(acc, a, b, ready, stage, phase, True, weights, T)
         acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
         stage, phase = next_stage(stage, phase, T)
-        ahead = _load_for_product(ahead, rows, weights, sizes_ptr, a, b, ready, T)
+        ahead = _load_for_product(ahead, rows, weights, sizes_ptr, index_ptr, a, b, ready, T)
     # Before the wait, while the tensor cores still work.
     row, count, write_column = _place(tile - first_tile, size, T)
     write_row = first_row + row
@@ -151,7 +182,10 @@ def product_kernel(rows, weights, sizes_ptr, places_ptr, y_ptr, T: gl.constexpr)
       sizes_ptr, tile, group, first_tile, first_row, size, T
     )
     acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
-  words = cut_columns(to_words(acc, rows.dtype), PARTS)
+  if T.gathered:
+    # Nobody reads what still comes, but its place in shared memory serves for other things now.
+    async_copy.wait_group(0)
+  words = cut_columns(to_words(acc, weights.dtype), PARTS)
   write_parts(words, 0, PARTS, y_ptr, write_places, write_count, write_column, T)
 
   # All groups are passed: first_row is the first row of no group, and in the tile first_tile.

@@ -25,11 +25,14 @@ class Tiling:
     padded_groups: The same, rounded up to a power of two.
     num_rows: S.
     row_tiles: Tiles of the gradient of a matrix in its first axis.
-    inputs: Rows of that gradient.
+    inputs: Columns of the operand; for the gradient, its rows.
     outputs: Columns of the output.
     column_tiles: Tiles of the output in its last axis.
     steps: Blocks to sum over; for the gradient, the group's rows decide.
     transposed: The matrices are [E, N, K], not [E, K, N].
+    gathered: Each row of the operand has its own place, which is read from an array.
+    dy_gathered: The same of the cotangents, for the gradient of a matrix.
+    top_k: By which the places of `gathered` rows are divided.
     scattered: Each row of the output has its own place, which is read from an array.
     block_rows: Of a tile of the output.
     block_columns: Of a tile of the output.
@@ -48,6 +51,9 @@ class Tiling:
   column_tiles: int
   steps: int
   transposed: bool
+  gathered: bool
+  dy_gathered: bool
+  top_k: int
   scattered: bool
   block_rows: int
   block_columns: int
@@ -87,13 +93,13 @@ def product_layout(T, warps):
 
 
 @gluon.constexpr_function
-def _in_stages(shape, T):
+def stages_of(shape, T):
   return [T.stages, *shape]
 
 
 @gluon.jit
 def allocate_stages(array, T: gl.constexpr):
-  shape: gl.constexpr = _in_stages(array.block_type.shape, T)
+  shape: gl.constexpr = stages_of(array.block_type.shape, T)
   return gl.allocate_shared_memory(array.dtype, shape, array.layout)
 
 

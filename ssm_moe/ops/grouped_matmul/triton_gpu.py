@@ -4,6 +4,7 @@ Work follows the sizes of the groups, which stay on the device: each program of 
 them, and finds its tiles. Nothing is added up by atomics, so results repeat bit by bit.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,6 +19,23 @@ from ssm_moe.shapes import Array, Float, Int
 _MAX_GROUPS = 1024
 # A row of what TMA reads begins at a multiple of 16 bytes.
 _MULTIPLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathers:
+  """What the kernels gather themselves; the rest is gathered before, by a pass over memory.
+
+  Neither is faster on an H200 (docs/performance.md): what the pass took, kernels lose that read
+  through an index and not by TMA.
+
+  Attributes:
+    rows: Those that are taken, for the products and for the gradient of the weights. What is kept
+      for the backward pass is then the tokens: less, where they are several layers' or top_k is 2.
+    dy: Cotangents of products that are put, for both gradients.
+  """
+
+  rows: bool = False
+  dy: bool = False
 
 
 def supports(rows: Array, weights: Array) -> str | None:
@@ -41,8 +59,11 @@ def grouped_matmul(
   take: RowOrder | None = None,
   put: RowOrder | None = None,
   block_sizes: BlockSizes | None = None,
+  gathers: Gathers = Gathers(),
 ) -> Float[Array, 'S *F'] | Float[Array, 'T K *F']:
   """Runs `api.grouped_matmul`; several output axes are made one.
+
+  Besides, `gathers` says what the kernels gather themselves.
 
   Axes that are no multiple of 8 are padded, which copies the array.
   """
@@ -58,57 +79,82 @@ def grouped_matmul(
     rows = jnp.pad(rows, ((0, 0), (0, more_inputs)))
   if more_inputs or more_outputs:
     matrices = jnp.pad(matrices, ((0, 0), (0, more_inputs), (0, more_outputs)))
-  y = _multiply(block_sizes, rows, matrices, group_sizes.astype(jnp.int32), take, put)
+  y = _multiply(block_sizes, gathers, rows, matrices, group_sizes.astype(jnp.int32), take, put)
   first_axes = y.shape[:1] if put is None else put.assignment_row.shape
   return y[:, :outputs].reshape(*first_axes, *output_shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _multiply(
   block_sizes: BlockSizes,
-  rows: Float[Array, 'S M'],
+  gathers: Gathers,
+  rows: Float[Array, 'T M'],
   weights: Float[Array, 'E M F'],
   group_sizes: Int[Array, 'E'],
   take: RowOrder | None,
   put: RowOrder | None,
 ) -> Float[Array, 'S F']:
-  return _forward(block_sizes, rows, weights, group_sizes, take, put)[0]
+  return _forward(block_sizes, gathers, rows, weights, group_sizes, take, put)[0]
 
 
-def _forward(block_sizes, rows, weights, group_sizes, take, put):
+def _forward(block_sizes, gathers, rows, weights, group_sizes, take, put):
   # Not at the top: it imports Triton.
   from ssm_moe.ops.grouped_matmul import hopper_kernels
 
+  from_row = None
   if take is not None:
-    rows = _gather(rows, take.row_assignment // take.top_k)
+    if _can_read(rows, gathers.rows):
+      from_row = take.row_assignment
+    else:
+      rows = _gather(rows, take.row_assignment // take.top_k)
   y = hopper_kernels.multiply(
     rows,
     weights,
     group_sizes,
     block_sizes.product,
+    from_row=from_row,
+    top_k=1 if from_row is None else take.top_k,
     to_row=None if put is None else put.row_assignment,
   )
-  return y, (rows, weights, group_sizes, take, put)
+  return y, (rows, from_row, weights, group_sizes, take, put)
 
 
-def _backward(block_sizes, residuals, dy):
+def _backward(block_sizes, gathers, residuals, dy):
   from ssm_moe.ops.grouped_matmul import hopper_kernels
 
-  rows, weights, group_sizes, take, put = residuals
+  rows, from_row, weights, group_sizes, take, put = residuals
+  dy_from_row = None
   if put is not None:
-    dy = _gather(dy, put.row_assignment)
+    if _can_read(dy, gathers.dy):
+      dy_from_row = put.row_assignment
+    else:
+      dy = _gather(dy, put.row_assignment)
   d_rows = hopper_kernels.multiply(
     dy,
     weights,
     group_sizes,
     block_sizes.d_rows,
+    from_row=dy_from_row,
     to_row=None if take is None else take.row_assignment,
     transposed=True,
   )
   if take is not None:
     d_rows = d_rows.reshape(*take.assignment_row.shape, -1).sum(axis=1)
-  d_weights = hopper_kernels.sum_outer_products(rows, dy, group_sizes, block_sizes.d_weights)
+  d_weights = hopper_kernels.sum_outer_products(
+    rows,
+    dy,
+    group_sizes,
+    block_sizes.d_weights,
+    from_row=from_row,
+    top_k=1 if from_row is None else take.top_k,
+    dy_from_row=dy_from_row,
+  )
   return d_rows, d_weights, None, None, None
+
+
+def _can_read(rows: Array, wanted: bool) -> bool:
+  """Returns whether kernels gather rows themselves: they count numbers in 32 bits."""
+  return wanted and rows.size < 2**32
 
 
 def _gather(rows: Array, index: Int[Array, 'S']) -> Array:

@@ -3,6 +3,7 @@
 import functools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -33,11 +34,12 @@ def softmax_cross_entropy(
 
   d loss / d logits_v = weight (softmax(logits)_v - [v = target]).
 
-  The gradient is a result, for those who know the cotangent beforehand: no other flows through.
+  The gradient is a result, for those who know the cotangent beforehand; the losses themselves are
+  constants to automatic differentiation.
 
   Args:
     logits: float32. One of -inf is a token of probability zero.
-    targets: Column of each token.
+    targets: Column of each token, from 0 to vocab_size - 1; what others give is not defined.
     weights: float32.
     vocab_size: Columns that are tokens; whatever the others hold has no part in the sums, and gets
       a gradient of zero. All if None.
@@ -52,10 +54,19 @@ def softmax_cross_entropy(
     TypeError: logits or weights that are not float32, or targets that are not integers.
     NotImplementedError: the named implementation cannot run these arguments.
   """
+  logits, targets, weights = (
+    jax.lax.stop_gradient(jnp.asarray(v)) for v in (logits, targets, weights)
+  )
+  if logits.ndim == 0:
+    raise ValueError('softmax_cross_entropy: logits has shape (); it must be [..., V]')
   vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
   _check(logits, targets, weights, vocab_size)
   if gradient_dtype is not None:
     gradient_dtype = jnp.dtype(gradient_dtype)
+    if not jnp.issubdtype(gradient_dtype, jnp.floating):
+      raise TypeError(
+        f'softmax_cross_entropy: gradient_dtype is {gradient_dtype}; it must be floating point'
+      )
   candidates = dict.fromkeys(_FUNCTIONS, implementation_lib.always)
   candidates['triton_gpu'] = functools.partial(triton_gpu.supports, logits, gradient_dtype)
   name = implementation_lib.select('softmax_cross_entropy', implementation, candidates)

@@ -52,3 +52,18 @@ def test_the_table_that_is_there_has_sizes_that_a_kernel_can_have():
     assert blocks.default_block_sizes(*shape) == sizes
     for own in dataclasses.astuple(sizes):
       assert own[0] in (64, 128) and own[1] in (64, 128, 256) and own[4] in (4, 8)
+
+
+@pytest.mark.parametrize(
+  ('table', 'message'),
+  [
+    ({'S 1, M 2': {}}, "'S 1, M 2' is no shape; it must be like 'S 4096, M 512, F 1024, E 8'"),
+    ({'S 0, M 1, F 1, E 1': {}}, 'is no shape'),
+    ({'S 1, M 1, F 1, E 1': {}}, "product lacks 'product'"),
+    ({'S 1, M 1, F 1, E 1': {'product': []}}, 'product lacks list index out of range'),
+    ({'S 1, M 1, F 1, E 1': {'product': [_row(band='x')]}}, 'all must be integers'),
+  ],
+)
+def test_what_is_no_table_is_refused(table, message):
+  with pytest.raises(ValueError, match=message):
+    blocks.parse_table(table)

@@ -40,41 +40,65 @@ _SHAPES = {
 }
 
 
-def _in_order_of_tokens(rows, weights, sizes, cotangent):
+def _ordered(gathers, rows, weights, sizes, cotangent):
   order = orders.random_order(len(rows), 1)
+  function = functools.partial(
+    triton_gpu.grouped_matmul, take=order, put=order, gathers=triton_gpu.Gathers(*gathers)
+  )
   cotangent = cotangent.reshape(len(rows), 1, *cotangent.shape[1:])
-  return orders.value_and_gradients('auto', order, True, True, rows, weights, sizes, cotangent)
+  return _value_and_gradients(function, rows, weights, sizes, cotangent)
+
+
+_GATHERS = {'rows': (True, False), 'dy': (False, True), 'both': (True, True)}
 
 
 @hopper.needs_triton
-@pytest.mark.parametrize('ordered', [False, True], ids=['rows', 'tokens'])
-@pytest.mark.parametrize('case', _SHAPES)
-def test_compiles_for_hopper(case, ordered):
+@pytest.mark.parametrize(
+  ('case', 'gathers'),
+  [
+    *((case, gathers) for case in _SHAPES for gathers in ('unordered', 'none')),
+    *(('64_experts', gathers) for gathers in _GATHERS),
+    *((case, 'both') for case in ('few_rows', 'no_multiples')),
+  ],
+)
+def test_compiles_for_hopper(case, gathers):
   """Shown, of value and gradients: three kernels, which
 
   - keep everything in registers: not a byte is spilled,
   - fit into a multiprocessor's shared memory,
-  - read by TMA, multiply by warpgroups, and write 16 bytes at a time, what a tile has beyond its
-    group left out,
+  - read by TMA what is in order, and the rest by copies of 16 bytes, which they wait for and fence
+    before they multiply,
+  - multiply by warpgroups, and write 16 bytes at a time, what a tile has beyond its group left out,
   - wait for all multiplications in one place only, the end of a tile: else they would come one
     after the other,
   - and then start on the next tile before they write.
   """
+  rows, dy = _GATHERS.get(gathers, (False, False))
   function = functools.partial(_value_and_gradients, grouped_matmul)
-  function = _in_order_of_tokens if ordered else function
+  if gathers != 'unordered':
+    function = functools.partial(_ordered, (rows, dy))
   kernels = hopper.compile_kernels(function, *_shapes(*_SHAPES[case]))
   assert [kernel.name for kernel in kernels] == [
     'product_kernel',
     'product_kernel',
     'gradient_kernel',
   ]
-  for kernel in kernels:
+  gathered = (rows, dy, rows + dy)
+  in_order = (1 + (not rows), 1 + (not dy), 2 - rows - dy)
+  for kernel, copied, by_tma in zip(kernels, gathered, in_order):
     assert kernel.spilled_bytes == 0
     assert kernel.shared_bytes <= _SHARED_BYTES
-    assert 'cp.async.bulk.tensor.2d.shared::cta.global' in kernel.ptx
+    bulk = set(re.findall(r'cp\.async\.bulk\.tensor\.\dd[^\n]*?(%rd\d+)', kernel.ptx))
+    assert len(bulk) == by_tma
+    copies = re.findall(r'cp\.async\.c\w\.\S+ \[[^,]*\], \[[^,]*\], (\w+)', kernel.ptx)
+    assert bool(copies) == bool(copied)
+    assert all(size == '0x10' for size in copies)
     stores = re.findall(r'(\S+)\s+(st\.global\.\S+)', kernel.ptx)
     assert stores and all(p[0] == '@' and op == 'st.global.v4.b32' for p, op in stores)
-    assert 'wgmma.mma_async' in kernel.ptx
+    steps = kernel.ptx.split('wgmma.commit_group')[:-1]
+    assert steps and all('wgmma.mma_async' in step for step in steps)
+    ready = r'cp\.async\.wait_group[\s\S]*fence\.proxy\.async[\s\S]*bar\.sync[\s\S]*wgmma\.mma'
+    assert all(bool(re.search(ready, step)) == bool(copied) for step in steps)
     parts = re.split(r'wgmma\.wait_group\S* +0;', kernel.ptx.replace('\t', ' '))
     assert len(parts) == 2
     assert re.search(r'wgmma\.mma_async|st\.global', parts[1])[0] == 'wgmma.mma_async'
@@ -175,31 +199,81 @@ def test_equals_the_reference(case, axes, rest):
   )
 
 
+_SIZES_OF_1400 = {
+  'rows_of_no_group': (700, 513, 31, 12, 0),
+  'empty': (0, 131, 0, 1269, 0),
+  'single_group': (0, 0, 1400, 0, 0),
+  'a_row': (1, 63, 65, 1, 1270),
+  'none': (0, 0, 0, 0, 0),
+}
+
+
+def _tokens(top_k, take, put):
+  num_rows, inputs, outputs = 1400, 136, 296
+  shapes = [
+    (num_rows // top_k if take else num_rows, inputs),
+    (5, inputs, outputs),
+    (num_rows // top_k, top_k, outputs) if put else (num_rows, outputs),
+  ]
+  keys = jax.random.split(jax.random.key(4), 3)
+  arrays = (jax.random.normal(key, shape).astype(jnp.bfloat16) for key, shape in zip(keys, shapes))
+  return orders.random_order(num_rows, top_k), *arrays
+
+
 @_on_gpu
 @pytest.mark.parametrize('top_k', [1, 2])
 @pytest.mark.parametrize(('take', 'put'), [(True, False), (False, True), (True, True)])
 def test_rows_are_taken_from_tokens_and_put_back(take, put, top_k):
-  num_rows, inputs, outputs = 1400, 136, 296
-  sizes = jnp.array((700, 513, 31, 12), jnp.int32)  # the others belong to no group
-  keys = jax.random.split(jax.random.key(4), 3)
-  order = orders.random_order(num_rows, top_k)
-  x, weights, cotangent = (
-    jax.random.normal(key, shape).astype(jnp.bfloat16)
-    for key, shape in zip(
-      keys,
-      [
-        (num_rows // top_k if take else num_rows, inputs),
-        (4, inputs, outputs),
-        (num_rows // top_k, top_k, outputs) if put else (num_rows, outputs),
-      ],
+  order, x, weights, cotangent = _tokens(top_k, take, put)
+  for case, sizes in _SIZES_OF_1400.items():
+    sizes = jnp.array(sizes, jnp.int32)
+    actual = orders.value_and_gradients(
+      'triton_gpu', order, take, put, x, weights, sizes, cotangent
     )
+    wide = (x.astype(jnp.float32) for x in (x, weights))
+    expected = orders.by_indexing(order, take, put, *wide, sizes, cotangent.astype(jnp.float32))
+    tolerances.assert_close(
+      [x.astype(jnp.float32) for x in actual], list(expected), rtol=tolerances.BFLOAT16, what=case
+    )
+
+
+@_on_gpu
+def test_what_is_read_beyond_a_group_does_not_count():
+  order, x, weights, cotangent = _tokens(1, True, True)
+  sizes = jnp.array((0, 131, 1, 1001, 0), jnp.int32)
+  of_no_group = order.row_assignment[1133:]
+
+  function = functools.partial(
+    triton_gpu.grouped_matmul, take=order, put=order, gathers=triton_gpu.Gathers(True, True)
   )
-  actual = orders.value_and_gradients('triton_gpu', order, take, put, x, weights, sizes, cotangent)
-  wide = (x.astype(jnp.float32) for x in (x, weights))
-  expected = orders.by_indexing(order, take, put, *wide, sizes, cotangent.astype(jnp.float32))
-  tolerances.assert_close(
-    [x.astype(jnp.float32) for x in actual], list(expected), rtol=tolerances.BFLOAT16
-  )
+
+  def run(value):
+    rows, dy = (array.at[of_no_group].set(value) for array in (x, cotangent))
+    return _value_and_gradients(function, rows, weights, sizes, dy)
+
+  for with_zeros, with_infinities in zip(run(0), run(jnp.inf)):
+    assert (with_zeros == with_infinities).all()
+
+
+@_on_gpu
+@pytest.mark.parametrize(('rows', 'dy'), [(False, True), (True, False), (True, True)])
+def test_gathered_before_or_by_the_kernel_is_the_same(rows, dy):
+  order, x, weights, cotangent = _tokens(2, True, True)
+  sizes = jnp.array(_SIZES_OF_1400['rows_of_no_group'], jnp.int32)
+
+  def run(gathers):
+    value, pull = jax.vjp(
+      lambda x, weights: triton_gpu.grouped_matmul(
+        x, weights, sizes, take=order, put=order, gathers=gathers
+      ),
+      x,
+      weights,
+    )
+    return value, *pull(cotangent)
+
+  before = run(triton_gpu.Gathers())
+  for a, b in zip(before, run(triton_gpu.Gathers(rows=rows, dy=dy))):
+    assert (a == b).all()
 
 
 @_on_gpu

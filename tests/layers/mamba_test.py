@@ -46,7 +46,7 @@ def _apply(module, variables, x, **options):
   return module.apply(variables, x, **options)
 
 
-@pytest.fixture(params=list(_KINDS))
+@pytest.fixture(params=[pytest.param(k, marks=[pytest.mark.slow] * (k == 'inner')) for k in _KINDS])
 def mixer(request, rng):
   module = _mixer(_KINDS[request.param])
   x = jax.random.normal(rng, (_BATCH, _LENGTH, _D_MODEL))

@@ -62,7 +62,7 @@ _MODELS = {
   ),
 }
 # Compiled in the slow part of the tests: variations of the others.
-_SLOW = ('samba', 'parallel', 'period', 'mamba2')
+_SLOW = ('moe_mamba', 'samba', 'parallel', 'period', 'mamba2')
 _PARAMS = [
   pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in _MODELS
 ]

@@ -36,7 +36,7 @@ def text(tmp_path_factory):
   return small_run.write_text(tmp_path_factory.mktemp('text'))
 
 
-@pytest.fixture(scope='module', params=['mamba', 'rom'])
+@pytest.fixture(scope='module', params=['mamba', pytest.param('rom', marks=pytest.mark.slow)])
 def whole(request, text, tmp_path_factory):
   """A run that was never stopped: its config, folder and summary. Not to be changed."""
   config = small_run.make_config(text, request.param)

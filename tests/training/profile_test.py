@@ -69,6 +69,7 @@ class TestRun:
     assert small_run.rows(tmp_path / 'run') == small_run.rows(tmp_path / 'plain')
     assert not (tmp_path / 'plain' / 'profile').exists()
 
+  @pytest.mark.slow
   def test_on_resume_the_steps_that_are_left(self, text, tmp_path, capfd):
     config = small_run.make_config(text, num_steps=3)
     _run(config, tmp_path)

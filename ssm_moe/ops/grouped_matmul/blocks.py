@@ -53,8 +53,8 @@ class BlockSizes:
 def default_block_sizes(num_rows: int, inputs: int, outputs: int, num_groups: int) -> BlockSizes:
   """Returns sizes for S rows of M inputs times E matrices of F outputs.
 
-  The fastest measured, if the nearest shape in the table is within a factor of 4 over all its axes;
-  else what a rule says.
+  What was measured to be best, if the nearest shape in the table is within a factor of 4 over all
+  its axes; else what a rule says.
   """
   shape = (num_rows, inputs, outputs, num_groups)
   distance, nearest = min(
@@ -62,7 +62,7 @@ def default_block_sizes(num_rows: int, inputs: int, outputs: int, num_groups: in
     key=lambda found: found[0],
     default=(math.inf, None),
   )
-  return nearest if distance <= _FARTHEST else _by_rule(*shape)
+  return nearest if distance <= _FARTHEST else by_rule(*shape)
 
 
 def shape_name(num_rows: int, inputs: int, outputs: int, num_groups: int) -> str:
@@ -70,10 +70,13 @@ def shape_name(num_rows: int, inputs: int, outputs: int, num_groups: int) -> str
   return f'S {num_rows}, M {inputs}, F {outputs}, E {num_groups}'
 
 
-def _by_rule(num_rows: int, inputs: int, outputs: int, num_groups: int) -> BlockSizes:
+def by_rule(num_rows: int, inputs: int, outputs: int, num_groups: int) -> BlockSizes:
+  """Returns the sizes that are taken where nothing near has been measured."""
   few_rows = num_rows <= 64 * num_groups
+  product = _tile(few_rows, outputs)
   return BlockSizes(
-    product=_tile(few_rows, outputs),
+    # 1 to 3 % faster than in 2 parts.
+    product=Blocks(parts=4) if product == Blocks() else product,
     d_rows=_tile(few_rows, inputs),
     d_weights=_tile(inputs <= 64, outputs),
   )

@@ -42,7 +42,7 @@ def test_the_fastest_of_the_nearest_shape(table):
 
 @pytest.mark.parametrize('shape', [(4096, 512, 64, 8), (64, 512, 1024, 8), (4096, 512, 1024, 64)])
 def test_a_rule_where_no_shape_is_near(table, shape):
-  assert blocks.default_block_sizes(*shape) == blocks._by_rule(*shape)
+  assert blocks.default_block_sizes(*shape) == blocks.by_rule(*shape)
   few_rows = shape[0] <= 64 * shape[3]
   assert blocks.default_block_sizes(*shape).product.rows == (64 if few_rows else 128)
 

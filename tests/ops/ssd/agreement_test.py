@@ -20,7 +20,17 @@ def expected_results(case):
   return arguments, cotangents, value_and_gradients(reference, arguments, cotangents)
 
 
-@pytest.mark.parametrize('case', cases.CASES, ids=lambda case: case.name)
+# Compiled in the slow part of the tests: variations of the others.
+_SLOW = ('all_128', 'all_300', 'bias_129', 'segments_129', 'group_a_head_129')
+
+
+@pytest.mark.parametrize(
+  'case',
+  [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in _SLOW))
+    for case in cases.CASES
+  ],
+)
 def test_equals_reference_in_values_and_gradients(case):
   arguments, cotangents, expected = expected_results(case)
   function = functools.partial(api.ssd, implementation='chunked')
@@ -33,7 +43,9 @@ def test_equals_reference_in_values_and_gradients(case):
   assert_close(actual, expected, rtol=BY_DTYPE[case.dtype], what=case.name)
 
 
-@pytest.mark.parametrize('chunk_size', [1, 5, 64, 256])
+@pytest.mark.parametrize(
+  'chunk_size', [5, 64, *(pytest.param(q, marks=pytest.mark.slow) for q in (1, 256))]
+)
 def test_result_does_not_depend_on_chunk_size(chunk_size):
   case = next(case for case in cases.CASES if case.name == 'all_129')
   arguments, cotangents, expected = expected_results(case)

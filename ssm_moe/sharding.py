@@ -4,18 +4,22 @@ Modules name logical axes only (`nn.with_logical_partitioning(init, ('embed', 'i
 mesh axis, if any, each goes over is decided here.
 """
 
+import math
+
 import jax
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ssm_moe.config import ConfigError, MeshConfig
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor', 'sequence')
+# Those that rows of a batch are split over.
+_BATCH_AXES = ('data', 'fsdp', 'expert')
 
 # Logical axes of parameters and activations, and the mesh axes that split them; None keeps a copy
 # on every device. d_inner goes over `tensor`, because every channel of an SSM is independent.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-  ('batch', ('data', 'fsdp', 'expert')),
+  ('batch', _BATCH_AXES),
   ('vocab', 'tensor'),
   ('embed', 'fsdp'),
   ('inner', 'tensor'),
@@ -70,9 +74,56 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(axes, RULES))
 
 
-def batch_divisor(mesh: Mesh) -> int:
+def batch_divisor(mesh: Mesh | AbstractMesh) -> int:
   """Returns the number of devices that rows of a batch are split over."""
-  return mesh.shape['data'] * mesh.shape['fsdp'] * mesh.shape['expert']
+  return math.prod(mesh.shape[name] for name in _BATCH_AXES)
+
+
+def mesh_to_map() -> AbstractMesh | None:
+  """Returns the mesh that is traced for, where `jax.shard_map` over it tells devices apart.
+
+  None if there is none, or if what is traced is one device's part already.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.manual_axes or mesh.axis_names != MESH_AXES:
+    return None
+  return mesh if any(mesh.shape[name] > 1 for name in mapped_axes(mesh)) else None
+
+
+def mapped_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+  """Returns the axes for `jax.shard_map` around what a device does with its rows by itself.
+
+  Those of size one are among them: with no axis left to the compiler, kernels can run inside.
+  """
+  return tuple(n for n in mesh.axis_names if n != 'sequence' or mesh.shape[n] == 1)
+
+
+def mapped_rows(mesh: AbstractMesh) -> tuple[str, ...]:
+  """Returns those of them that rows are split over, with all that have size one.
+
+  A layout names the latter too, so that gradients are not summed over them.
+  """
+  return tuple(n for n in mapped_axes(mesh) if n in _BATCH_AXES or mesh.shape[n] == 1)
+
+
+def mapped_layout(
+  mesh: AbstractMesh, axes: tuple[str, ...], shape: tuple[int, ...]
+) -> tuple[tuple[str, ...], ...]:
+  """Returns the mesh axes of more than one device that split each axis of a parameter.
+
+  Args:
+    mesh: That is mapped over.
+    axes: Logical axes; () if each device has all of it.
+    shape: Of the whole parameter.
+  """
+  mapped = mapped_axes(mesh)
+  layout: list[tuple[str, ...]] = [()] * len(shape)
+  for i, entry in enumerate(nn.logical_to_mesh_axes(axes, RULES)):
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    names = tuple(name for name in names if name in mapped and mesh.shape[name] > 1)
+    if shape[i] % math.prod(mesh.shape[name] for name in names) == 0:
+      layout[i] = names
+  return tuple(layout)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,7 +1,7 @@
 """Moving tokens to their experts and back: plan once, `apply` to any number of projections.
 
 To apply is to `dispatch`, `matmul` and `combine`. Three kinds of plan obey the same contract, and
-agree to rounding whenever nothing is dropped:
+agree to rounding whenever nothing is dropped; `mesh_dispatch` makes them over several devices:
 
   dense     every expert on every token, of which the chosen are kept: the oracle
   capacity  a fixed number of rows for each expert; what is over is dropped (Switch)
@@ -11,9 +11,10 @@ An expert index of E, the number of experts, is no expert: what comes back for i
 plan is made from what experts chose, not tokens: `ExpertChoicePlan`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,47 @@ from ssm_moe.ops import implementation
 from ssm_moe.ops.grouped_matmul import RowOrder, grouped_matmul
 from ssm_moe.shapes import Array, Bool, Float, Int
 
+Between = Callable[[Array], Array]
+# Makes the matrix of what is held of it.
+Whole = Callable[[Any], Array]
+
+
+def as_it_is(rows: Array) -> Array:
+  """Returns its argument."""
+  return rows
+
 
 class Plan(struct.PyTreeNode):
-  """What is made of one routing decision. Which axes rows have is the plan's own matter.
+  """What is made of one routing decision.
 
   Attributes:
     dropped: Assignments that no row has; None if that cannot be.
   """
+
+  def apply(
+    self,
+    x: Float[Array, 'T M'],
+    matrices: Sequence[Float[Array, 'E ...']],
+    weights: Float[Array, 'T K'] | None = None,
+    *,
+    between: Between = as_it_is,
+    axes: Sequence[tuple[str, ...]] | None = None,
+  ) -> Float[Array, 'T ...']:
+    """Returns sum_k w_k f_k(x), where f_e multiplies by the matrices of expert e in turn.
+
+    Args:
+      x: Tokens, in the dtype of the matrices.
+      matrices: One or more for each expert.
+      weights: Of each token's experts; 1 if None.
+      between: An elementwise function of what one matrix gives the next.
+      axes: Logical axes of each of the matrices, which tell what of it a device has; the whole, if
+        None. Of no matter to plans for one device.
+    """
+    raise NotImplementedError
+
+
+class RowPlan(Plan):
+  """A plan for one device: tokens become rows. Which axes rows have is the plan's own matter."""
 
   def dispatch(self, x: Float[Array, 'T *M']) -> Float[Array, '...']:
     """Returns the rows of tokens."""
@@ -48,29 +83,47 @@ class Plan(struct.PyTreeNode):
     """Adds up the rows of each token, each times its weight."""
     raise NotImplementedError
 
+  def matmuls(
+    self,
+    rows: Float[Array, '...'],
+    matrices: Sequence[Any],
+    between: Between = as_it_is,
+    whole: Whole | None = None,
+  ) -> Float[Array, '...']:
+    """Multiplies by one matrix after the other; `whole` as in `apply`."""
+    for i, matrix in enumerate(matrices):
+      rows = _with_whole(self.matmul, whole)(between(rows) if i else rows, matrix)
+    return rows
+
   def apply(
     self,
     x: Float[Array, 'T M'],
-    matrices: Sequence[Float[Array, 'E M *F']],
+    matrices: Sequence[Any],
     weights: Float[Array, 'T K'] | None = None,
     *,
-    between: Callable[[Array], Array] = lambda rows: rows,
-  ) -> Float[Array, 'T *F']:
-    """Returns sum_k w_k f_k(x), where f_e multiplies by the matrices of expert e in turn.
+    between: Between = as_it_is,
+    axes: Sequence[tuple[str, ...]] | None = None,
+    whole: Whole | None = None,
+  ) -> Float[Array, 'T ...']:
+    """Does what a plan does; `whole` makes the matrices of `matrices`, anew in the backward pass.
 
-    Args:
-      x: Tokens, in the dtype of the matrices.
-      matrices: One or more for each expert.
-      weights: Of each token's experts; 1 if None.
-      between: An elementwise function of what one matrix gives the next.
+    So what is gathered of other devices is not kept from one pass to the other.
     """
-    rows = self.matmul(self.dispatch(x), matrices[0])
-    for matrix in matrices[1:]:
-      rows = self.matmul(between(rows), matrix)
-    return self.combine(rows, weights)
+    del axes
+    return self.combine(self.matmuls(self.dispatch(x), matrices, between, whole), weights)
 
 
-class DensePlan(Plan):
+def _with_whole(multiply: Callable[..., Array], whole: Whole | None) -> Callable[..., Array]:
+  """Returns `multiply(rows, matrix)` as a function of rows and what `whole` makes a matrix of."""
+  if whole is None:
+    return multiply
+  # Of the product nothing is done twice: only what its gradient reads is made again. Periods are a
+  # loop, over whose ends the compiler cannot join that to the first time; told to prevent it, a
+  # layer that is recomputed would gather three times, not twice.
+  return jax.checkpoint(lambda rows, matrix: multiply(rows, whole(matrix)), prevent_cse=False)
+
+
+class DensePlan(RowPlan):
   """Every expert on every token. Rows are [E, T, ...]."""
 
   expert_index: Int[Array, 'T K']
@@ -95,7 +148,7 @@ class DensePlan(Plan):
     return jnp.einsum('te,et...->t...', chosen, rows.astype(jnp.float32)).astype(rows.dtype)
 
 
-class SparsePlan(Plan):
+class SparsePlan(RowPlan):
   """Rows hold the chosen pairs of token and expert only. S is their number.
 
   Attributes:
@@ -123,32 +176,34 @@ class SparsePlan(Plan):
   def combine(
     self, rows: Float[Array, 'S *M'], weights: Float[Array, 'T K'] | None = None
   ) -> Float[Array, 'T *M']:
-    return _sum_choices(self.order.put(rows), weights)
+    return sum_choices(self.order.put(rows), weights)
 
   def apply(
     self,
     x: Float[Array, 'T M'],
-    matrices: Sequence[Float[Array, 'E M *F']],
+    matrices: Sequence[Any],
     weights: Float[Array, 'T K'] | None = None,
     *,
-    between: Callable[[Array], Array] = lambda rows: rows,
-  ) -> Float[Array, 'T *F']:
+    between: Between = as_it_is,
+    axes: Sequence[tuple[str, ...]] | None = None,
+    whole: Whole | None = None,
+  ) -> Float[Array, 'T ...']:
     if self.expert_capacity is not None:
-      return super().apply(x, matrices, weights, between=between)
+      return super().apply(x, matrices, weights, between=between, axes=axes, whole=whole)
     # Where a kernel can, the products themselves write in the order of tokens.
     last = len(matrices) - 1
     for i, matrix in enumerate(matrices):
-      x = grouped_matmul(
-        between(x) if i else x,
-        matrix,
-        self.group_sizes,
+      multiply = functools.partial(
+        grouped_matmul,
+        group_sizes=self.group_sizes,
         take=self.order if i == 0 else None,
         put=self.order if i == last else None,
       )
-    return _sum_choices(x, weights)
+      x = _with_whole(multiply, whole)(between(x) if i else x, matrix)
+    return sum_choices(x, weights)
 
 
-def _sum_choices(
+def sum_choices(
   chosen: Float[Array, 'T K *M'], weights: Float[Array, 'T K'] | None
 ) -> Float[Array, 'T *M']:
   """Adds up what a token's experts made, each times its weight."""
@@ -170,7 +225,7 @@ def _sum_choices(
   ).astype(chosen.dtype)
 
 
-class ExpertChoicePlan(Plan):
+class ExpertChoicePlan(RowPlan):
   """Each expert holds the tokens that it chose; a token may be with none, or with all.
 
   Attributes:
@@ -351,6 +406,22 @@ def capacity_plan(
     dropped=wanted & ~kept,
     expert_capacity=num_groups * expert_capacity,
   )
+
+
+def queue(
+  expert_index: Int[Array, 'T K'], num_experts: int, mask: Bool[Array, 'T'] | None = None
+) -> tuple[Int[Array, 'T K'], Bool[Array, 'T K'], Int[Array, 'K E']]:
+  """Lets assignments queue for their expert, those of each choice on their own.
+
+  Returns:
+    How many earlier tokens want the same expert by the same choice, whether an assignment wants an
+    expert at all, and how many want each, by choice.
+  """
+  chosen = jax.nn.one_hot(expert_index, num_experts, dtype=jnp.int32)
+  if mask is not None:
+    chosen = jnp.where(mask[:, None, None], chosen, 0)
+  before = jnp.cumsum(chosen, axis=0) - chosen
+  return jnp.sum(before * chosen, axis=2), jnp.any(chosen > 0, axis=2), jnp.sum(chosen, axis=0)
 
 
 def expert_choice_plan(

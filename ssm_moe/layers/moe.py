@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ssm_moe.config import MoEConfig
-from ssm_moe.layers import dispatch
+from ssm_moe.layers import dispatch, mesh_dispatch
 from ssm_moe.layers.mlp import MLP, activate
 from ssm_moe.layers.router import Router, Routes, Routing, RoutingAux, routing_aux
 from ssm_moe.shapes import Array, Bool, Float
@@ -66,35 +66,40 @@ class MoE(nn.Module):
     if config.choice == 'expert':
       plan, routing = self._expert_choice(routing, routes, token_mask)
     else:
-      plan = dispatch.make_plan(
+      plan = mesh_dispatch.make_plan(
         routing.routes.expert_index,
         config,
         num_experts=config.num_experts,
         mask=token_mask,
         drops=drops,
+        exchange_tokens=True,
       )
 
+    matrices, axes = self._experts(d_model)
     y = plan.apply(
       tokens.astype(self.dtype),
-      self._experts(d_model),
+      matrices,
       routing.routes.combine_weights,
       between=functools.partial(activate, activation=config.activation),
+      axes=axes,
     ).reshape(batch, length, d_model)
     if config.num_shared_experts:
       y = y + self._shared_experts(d_model)(x)
     aux = routing_aux(routing, plan.dropped, token_mask, record=self.record_routes)
     return y, aux
 
-  def _experts(self, d_model: int) -> tuple[Array, Array]:
+  def _experts(self, d_model: int) -> tuple[list[Array], list[tuple[str, ...]]]:
+    """Returns the two matrices of each expert, and their logical axes."""
     d_ff = self.moe.hidden_size(d_model)
     gated = self.moe.activation == 'swiglu'
     inner = ('branch', 'mlp') if gated else ('mlp',)
     sizes = (2, d_ff) if gated else (d_ff,)
-    wi = self._stacked('wi', self.wi_init, ('embed', *inner), (d_model, *sizes))
-    return wi, self._stacked('wo', self.wo_init, ('mlp', 'embed'), (d_ff, d_model))
+    axes = [('expert', 'embed', *inner), ('expert', 'mlp', 'embed')]
+    wi = self._stacked('wi', self.wi_init, axes[0], (d_model, *sizes))
+    return [wi, self._stacked('wo', self.wo_init, axes[1], (d_ff, d_model))], axes
 
   def _stacked(self, name, init, axes, shape):
-    init = nn.with_logical_partitioning(init, ('expert', *axes))
+    init = nn.with_logical_partitioning(init, axes)
     stacked = self.param(name, init, (self.moe.num_experts, *shape), jnp.float32)
     return stacked.astype(self.dtype)
 

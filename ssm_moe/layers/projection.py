@@ -53,14 +53,22 @@ class Projection(nn.Module):
       return jnp.einsum('blm,m...->bl...', x, kernel)
 
     if self.bottleneck is None:
+      axes = [self.axes]
       matrices = [self._experts('kernel', self.kernel_init, (d_in, *self.features))]
     else:
+      axes = [(self.axes[0], 'mlp'), ('mlp', *self.axes[1:])]
       down_init, up_init = self.kernel_init, initializers.linear(self.bottleneck)
-      down = self._experts('down', down_init, (d_in, self.bottleneck), (self.axes[0], 'mlp'))
-      up = self._experts('up', up_init, (self.bottleneck, *self.features), ('mlp', *self.axes[1:]))
+      down = self._experts('down', down_init, (d_in, self.bottleneck), axes[0])
+      up = self._experts('up', up_init, (self.bottleneck, *self.features), axes[1])
       matrices = [down, up]
     tokens = x.reshape(-1, d_in)
-    y = decision.plan.apply(tokens, matrices, decision.weights, between=jax.nn.relu)
+    y = decision.plan.apply(
+      tokens,
+      matrices,
+      decision.weights,
+      between=jax.nn.relu,
+      axes=[('expert', *names) for names in axes],
+    )
     return y.reshape(*x.shape[:-1], *self.features)
 
   def _experts(self, name, init, shape, axes=None):

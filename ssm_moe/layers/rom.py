@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ssm_moe.config import RoMConfig
-from ssm_moe.layers import dispatch
+from ssm_moe.layers import dispatch, mesh_dispatch
 from ssm_moe.layers.projection import Decision
 from ssm_moe.layers.router import Router, Routes, Routing, RoutingAux, routing_aux
 from ssm_moe.shapes import Array, Bool, Float
@@ -129,7 +129,7 @@ class Decisions:
     return routing, plan
 
   def _make_plan(self, routing: Routing) -> dispatch.Plan:
-    return dispatch.make_plan(
+    return mesh_dispatch.make_plan(
       routing.routes.expert_index,
       self._rom,
       num_experts=num_matrices(self._rom),

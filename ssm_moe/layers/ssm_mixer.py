@@ -152,7 +152,9 @@ class _InProjection(Projection):
       return tuple(jnp.einsum('blm,md->bld', x, kernel[:, branch]) for branch in (0, 1))
     kernel = self._experts('kernel', self.kernel_init, shape)
     tokens = x.reshape(-1, d_model)
+    axes = [('expert', self.axes[0], *self.axes[2:])]
     products = (
-      decision.plan.apply(tokens, [kernel[:, :, branch]], decision.weights) for branch in (0, 1)
+      decision.plan.apply(tokens, [kernel[:, :, branch]], decision.weights, axes=axes)
+      for branch in (0, 1)
     )
     return tuple(product.reshape(batch, length, -1) for product in products)

@@ -285,6 +285,10 @@ class Checkpointer:
         durable.sync(self._directory)
         self._prune()
     except SaveError:
+      with contextlib.suppress(Exception):
+        # Orbax stops waiting at the first failure: what else it has begun must not miss its folder,
+        # and have the next save fail.
+        self._orbax.wait_until_finished()
       if distributed.is_first():
         # The disk may be full.
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -38,8 +38,8 @@ def _layer(plan, x, weights, combine_weights):
   return plan.apply(x, [weights, weights.swapaxes(1, 2)], combine_weights, between=jax.nn.relu)
 
 
-@pytest.mark.parametrize('weighted', [True, False])
-@pytest.mark.parametrize('top_k', [1, 2, 4])
+@pytest.mark.parametrize('weighted', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('top_k', [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('kind', ['dropless', 'capacity'])
 def test_agrees_with_the_dense_oracle_when_nothing_is_dropped(rng, kind, top_k, weighted):
   keys = jax.random.split(rng, 4)

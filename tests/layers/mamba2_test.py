@@ -50,7 +50,7 @@ def _built(kind):
   return module, jax.jit(module.init)(key, x), x
 
 
-@pytest.fixture(params=list(_KINDS))
+@pytest.fixture(params=[pytest.param(k, marks=[pytest.mark.slow] * (k == 'inner')) for k in _KINDS])
 def mixer(request):
   return _built(request.param)
 

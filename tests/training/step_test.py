@@ -146,7 +146,6 @@ def _first_step(name, **mesh_sizes):
 @pytest.mark.parametrize(
   ('name', 'mesh_sizes'),
   [
-    ('rom', {'fsdp': 8}),
     ('rom', {'data': 2, 'fsdp': 2, 'tensor': 2}),
     ('moe_mamba', {'expert': 4, 'fsdp': 2}),
     ('dropless', {'expert': 4, 'fsdp': 2}),

@@ -157,7 +157,7 @@ class Router(nn.Module):
 
 def _best(scores: Float[Array, 'T E'], top_k: int) -> Int[Array, 'T K']:
   """Returns the experts with the highest scores, the highest first."""
-  if top_k == 1:  # top_k sorts each row: on an H200 22 us for 32768 tokens, and this 4
+  if top_k == 1:  # top_k sorts each row, which takes 22 us for 32768 tokens on an H200
     return jnp.argmax(scores, axis=-1, keepdims=True).astype(jnp.int32)
   return jax.lax.top_k(scores, top_k)[1]
 

@@ -83,6 +83,7 @@ def write_profile(name: str, lowered: jax.stages.Lowered, state: Any, batch: Any
 
 def benchmark(name: str, experiment: ExperimentConfig) -> dict[str, Any]:
   """Checks, times, prints and returns the record of a model."""
+  earlier_peak = steps_lib.device_peak_bytes()
   program = Program(experiment, sharding.make_mesh(experiment.mesh))
   numbers = steps_lib.synthetic_batch(experiment, seed=0)
   batch = program.put(numbers)
@@ -91,7 +92,7 @@ def benchmark(name: str, experiment: ExperimentConfig) -> dict[str, Any]:
   times, metrics, state = steps_lib.time_steps(
     compiled, program.init_state(), batch, warmup=_WARMUP.value, repeats=_REPEATS.value
   )
-  device_peak = steps_lib.device_peak_bytes()
+  device_peak = steps_lib.device_peak_bytes(before=earlier_peak)
   if not np.isfinite([step.loss for step in metrics]).all():
     raise _WrongStepError(f'{name}: the loss is not finite')
   label = name.replace('/', '_').replace(':', '_')

@@ -73,7 +73,12 @@ def program_bytes(compiled: Any) -> dict[str, int]:
   return {'peak_bytes': whole - analysis.alias_size_in_bytes, 'temp_bytes': temporaries}
 
 
-def device_peak_bytes() -> int | None:
-  """Returns the most that this process has had in use on its device; None where none counts."""
+def device_peak_bytes(before: int | None = None) -> int | None:
+  """Returns the most that this process has had in use on its device; None where none counts.
+
+  Args:
+    before: What this said before a run; None is returned if the run did not go beyond it.
+  """
   statistics = jax.devices()[0].memory_stats()
-  return None if statistics is None else statistics.get('peak_bytes_in_use')
+  peak = None if statistics is None else statistics.get('peak_bytes_in_use')
+  return None if peak == before else peak

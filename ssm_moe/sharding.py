@@ -14,12 +14,12 @@ from ssm_moe.config import ConfigError, MeshConfig
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor', 'sequence')
 # Those that rows of a batch are split over.
-_BATCH_AXES = ('data', 'fsdp', 'expert')
+BATCH_AXES = ('data', 'fsdp', 'expert')
 
 # Logical axes of parameters and activations, and the mesh axes that split them; None keeps a copy
 # on every device. d_inner goes over `tensor`, because every channel of an SSM is independent.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-  ('batch', _BATCH_AXES),
+  ('batch', BATCH_AXES),
   ('vocab', 'tensor'),
   ('embed', 'fsdp'),
   ('inner', 'tensor'),
@@ -76,7 +76,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def batch_divisor(mesh: Mesh | AbstractMesh) -> int:
   """Returns the number of devices that rows of a batch are split over."""
-  return math.prod(mesh.shape[name] for name in _BATCH_AXES)
+  return math.prod(mesh.shape[name] for name in BATCH_AXES)
 
 
 def mesh_to_map() -> AbstractMesh | None:
@@ -103,7 +103,7 @@ def mapped_rows(mesh: AbstractMesh) -> tuple[str, ...]:
 
   A layout names the latter too, so that gradients are not summed over them.
   """
-  return tuple(n for n in mapped_axes(mesh) if n in _BATCH_AXES or mesh.shape[n] == 1)
+  return tuple(n for n in mapped_axes(mesh) if n in BATCH_AXES or mesh.shape[n] == 1)
 
 
 def mapped_layout(

@@ -156,10 +156,15 @@ class Router(nn.Module):
 
 
 def _best(scores: Float[Array, 'T E'], top_k: int) -> Int[Array, 'T K']:
-  """Returns the experts with the highest scores, the highest first."""
-  if top_k == 1:  # top_k sorts each row, which takes 22 us for 32768 tokens on an H200
-    return jnp.argmax(scores, axis=-1, keepdims=True).astype(jnp.int32)
-  return jax.lax.top_k(scores, top_k)[1]
+  """Returns the experts with the highest scores, the highest first; of equal ones the first."""
+  # Not by top_k: it sorts each row (22 us for 32768 tokens on an H200), and over a mesh all scores
+  # would be sent to every device.
+  chosen = []
+  for _ in range(top_k):
+    best = jnp.argmax(scores, axis=-1)
+    chosen.append(best.astype(jnp.int32))
+    scores = jnp.where(jax.nn.one_hot(best, scores.shape[-1], dtype=jnp.bool_), -jnp.inf, scores)
+  return jnp.stack(chosen, axis=-1)
 
 
 def _take(scores: Float[Array, 'T E'], expert_index: Int[Array, 'T K']) -> Float[Array, 'T K']:

@@ -1,11 +1,16 @@
 import functools
+import math
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from ssm_moe import sharding
+from ssm_moe.config import MeshConfig
 from ssm_moe.ops import implementation as implementation_lib
 from ssm_moe.training.losses import cross_entropy_sum
 from tests import gpu, tolerances
@@ -115,3 +120,68 @@ class TestOnAGPU:
     tolerances.assert_close(
       value_and_gradients('triton_gpu'), value_and_gradients('xla'), rtol=tolerances.BFLOAT16
     )
+
+
+def _on_mesh(axes, inputs, chunk=16):
+  """Lowers loss and gradients for a mesh, and puts the inputs there as a training step has them."""
+  mesh = sharding.make_mesh(MeshConfig(**axes), jax.devices()[: math.prod(axes.values())])
+
+  def loss(hidden, head, targets, weights):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return cross_entropy_sum(hidden, head, targets, weights, chunk=chunk)
+
+  tokens = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES, 'sequence'))
+  fsdp = NamedSharding(mesh, PartitionSpec('fsdp', 'tensor'))
+  layouts = (tokens, fsdp, tokens, tokens)
+  function = jax.jit(
+    lambda *inputs: (loss(*inputs), *jax.value_and_grad(loss, (0, 1))(*inputs)),
+    in_shardings=layouts,
+    out_shardings=(None, None, (tokens, fsdp)),
+  )
+  return function.lower(*inputs), jax.device_put(inputs, layouts)
+
+
+def _mesh_inputs(rows=8, length=12):
+  keys = jax.random.split(jax.random.key(6), 4)
+  hidden = jax.random.normal(keys[0], (rows, length, 16))
+  head = jax.random.normal(keys[1], (16, 34))
+  targets = jax.random.randint(keys[2], (rows, length), 0, 34)
+  weights = (jax.random.uniform(keys[3], (rows, length)) < 0.7).astype(jnp.float32)
+  return hidden, head, targets, weights
+
+
+@pytest.mark.parametrize(
+  'axes',
+  [
+    {'data': 2, 'fsdp': 2, 'tensor': 2},
+    {'fsdp': 2, 'expert': 2, 'sequence': 2},
+    pytest.param({'sequence': 4, 'tensor': 2}, marks=pytest.mark.slow),
+    pytest.param({'data': 8}, marks=pytest.mark.slow),
+  ],
+  ids=lambda axes: '_'.join(f'{name}{size}' for name, size in axes.items()),
+)
+def test_a_mesh_changes_nothing(axes):
+  inputs = _mesh_inputs()
+  lowered, placed = _on_mesh(axes, inputs)
+  expected = jax.value_and_grad(lambda *own: _whole(*own, *inputs[2:]), (0, 1))(*inputs[:2])
+  tolerances.assert_close(
+    lowered.compile()(*placed), (expected[0], *expected), rtol=tolerances.FLOAT32_REORDERED
+  )
+
+
+def test_what_a_mesh_does_not_divide_is_left_to_the_compiler():
+  inputs = _mesh_inputs(rows=3)
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    loss = jax.jit(functools.partial(cross_entropy_sum, chunk=8))(*inputs)
+  tolerances.assert_close(loss, _whole(*inputs), rtol=tolerances.FLOAT32_REORDERED)
+
+
+def test_the_head_is_gathered_once_and_not_for_each_chunk():
+  lowered, _ = _on_mesh({'data': 2, 'fsdp': 4}, _mesh_inputs())
+  text = lowered.compile().as_text()
+  computations = re.split(r'\n(?=%|ENTRY)', text)
+  sent = [
+    c.split(' ')[0] for c in computations if re.search(r' (all|reduce)-(gather|reduce|scatter)', c)
+  ]
+  assert 'body=' in text and set(sent) == {'ENTRY'}

@@ -22,7 +22,7 @@ from ssm_moe.config import ConfigError
 from ssm_moe.errors import UserError
 from ssm_moe.models import accounting, lm
 from ssm_moe.ops import implementation
-from ssm_moe.training.program import Program
+from ssm_moe.training.program import Program, for_mesh
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'A chip and the shape of a slice, as v5e:4x4.')
@@ -96,11 +96,11 @@ def _decode(experiment, program, mesh, batch, chip, account) -> dict:
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=state_rows),
     jax.eval_shape(lambda: lm.initial_state(experiment.model, batch)),
   )
-  step = jax.jit(
-    lambda params, tokens, state: model.apply({'params': params}, tokens, state, method='step'),
-    donate_argnums=2,
-    out_shardings=(rows, state_rows),
-  )
+
+  def step(params, tokens, state):
+    return model.apply({'params': params}, tokens, state, method='step')
+
+  step = jax.jit(for_mesh(step, mesh), donate_argnums=2, out_shardings=(rows, state_rows))
   params = program.template.params
   figures = ahead.describe(
     ahead.compile_function(step.lower, params, tokens, state),

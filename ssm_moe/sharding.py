@@ -8,6 +8,7 @@ import math
 
 import jax
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ssm_moe.config import ConfigError, MeshConfig
@@ -58,12 +59,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       f'config.mesh: {axes} does not make the number of devices, {len(devices)}; '
       'leave mesh.data unset and the other axes must divide that number'
     )
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-    devices=devices,
+  # jax.make_mesh would stop where an axis is a part of a torus' side, as 2 is of 4.
+  laid_out = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices, allow_split_physical_axes=True
   )
+  return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -71,7 +71,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or mesh.manual_axes:
     return x
-  return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(axes, RULES))
+  spec = _that_divides(mesh, nn.logical_to_mesh_axes(axes, RULES), x.shape)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def axis_size(name: str) -> int:
+  """Returns the devices along an axis of the mesh that is traced for; 1 without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty or name not in mesh.shape else mesh.shape[name]
 
 
 def batch_divisor(mesh: Mesh | AbstractMesh) -> int:
@@ -117,13 +124,24 @@ def mapped_layout(
     shape: Of the whole parameter.
   """
   mapped = mapped_axes(mesh)
-  layout: list[tuple[str, ...]] = [()] * len(shape)
-  for i, entry in enumerate(nn.logical_to_mesh_axes(axes, RULES)):
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    names = tuple(name for name in names if name in mapped and mesh.shape[name] > 1)
-    if shape[i] % math.prod(mesh.shape[name] for name in names) == 0:
-      layout[i] = names
-  return tuple(layout)
+  spec = _that_divides(mesh, nn.logical_to_mesh_axes(axes, RULES), shape)
+  names = [_names(entry) for entry in spec] + [()] * (len(shape) - len(spec))
+  return tuple(tuple(n for n in own if n in mapped and mesh.shape[n] > 1) for own in names)
+
+
+def _that_divides(
+  mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]
+) -> PartitionSpec:
+  """Returns a layout in which an axis that is no multiple of its devices is left whole."""
+
+  def fits(size, entry):
+    return size % math.prod(mesh.shape[name] for name in _names(entry)) == 0
+
+  return PartitionSpec(*(own if fits(size, own) else None for size, own in zip(shape, spec)))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -142,5 +160,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def tree_shardings(mesh: Mesh, boxed_tree):
-  """Returns the layout of each leaf of a tree whose arrays carry logical axes (flax boxes)."""
-  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed_tree), mesh, RULES)
+  """Returns the layout of each leaf of a tree whose arrays carry logical axes (flax boxes).
+
+  An axis that is no multiple of its devices, as an odd vocabulary, is left whole.
+  """
+  specs = nn.logical_to_mesh(nn.get_partition_spec(boxed_tree), RULES)
+
+  def layout(spec, leaf):
+    return NamedSharding(mesh, _that_divides(mesh, spec, leaf.shape))
+
+  return jax.tree.map(
+    layout, specs, nn.unbox(boxed_tree), is_leaf=lambda x: isinstance(x, PartitionSpec)
+  )

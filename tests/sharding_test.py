@@ -2,9 +2,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from ssm_moe import sharding
+from ssm_moe.analysis import chips
 from ssm_moe.config import MeshConfig
+from tests import tpu
 
 
 def test_an_activation_keeps_to_the_rows_of_the_batch():
@@ -24,3 +29,26 @@ def test_an_activation_keeps_to_the_rows_of_the_batch():
 def test_without_a_mesh_an_activation_is_left_alone():
   x = jnp.ones((8, 4))
   assert sharding.constrain(x, 'batch', None) is x
+
+
+def test_an_axis_that_is_no_multiple_of_its_devices_is_left_whole():
+  mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
+  tree = {
+    size: nn.LogicallyPartitioned(jnp.zeros((size, 8)), ('vocab', 'embed')) for size in (256, 257)
+  }
+  specs = jax.tree.map(lambda layout: layout.spec, sharding.tree_shardings(mesh, tree))
+  assert specs == {256: PartitionSpec('tensor', 'fsdp'), 257: PartitionSpec(None, 'fsdp')}
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    x = jax.jit(lambda: sharding.constrain(jnp.zeros((3, 257)), 'batch', 'vocab'))()
+  assert x.shape == (3, 257)
+
+
+@tpu.needs_compiler
+@pytest.mark.parametrize('topology', ['v5p:4x4x4', 'v5e:8x8', 'v6e:8x8'])
+def test_an_axis_may_be_a_part_of_a_side_of_the_slice(topology):
+  mesh = sharding.make_mesh(MeshConfig(fsdp=8, expert=4, tensor=2), chips.devices(topology))
+  assert {name: size for name, size in mesh.shape.items() if size > 1} == {
+    'fsdp': 8,
+    'expert': 4,
+    'tensor': 2,
+  }

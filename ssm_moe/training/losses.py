@@ -1,6 +1,7 @@
 """Cross entropy of the next token, without float32 logits of the whole batch."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,8 +44,11 @@ def cross_entropy_sum(
     implementation: Of `ops.softmax_cross_entropy`.
   """
   vocab_size = head.shape[1]
-  if implementation_lib.platform() == 'gpu':
-    head = jnp.pad(head, ((0, 0), (0, -vocab_size % _GPU_COLUMNS)))
+  multiple = _GPU_COLUMNS if implementation_lib.platform() == 'gpu' else 1
+  multiple = math.lcm(multiple, sharding.axis_size('tensor'))
+  # What is filled up can be split, even if the parameter, of an odd vocabulary, is not.
+  head = jnp.pad(head, ((0, 0), (0, -vocab_size % multiple)))
+  head = sharding.constrain(head, 'embed', 'vocab')
   options = _Options(vocab_size, chunk, implementation)
   return _total(options, hidden, head, targets, weights.astype(jnp.float32))
 

@@ -43,13 +43,13 @@ class Program:
     }
     whole = sharding.replicated(mesh)
     self._train_step = jax.jit(
-      _for_mesh(step_lib.make_train_step(config, self._optimizer), mesh),
+      for_mesh(step_lib.make_train_step(config, self._optimizer), mesh),
       donate_argnums=0,
       in_shardings=(self.state_shardings, self._batch_sharding),
       out_shardings=(self.state_shardings, whole),
     )
     self.eval_step = jax.jit(
-      _for_mesh(step_lib.make_eval_step(config), mesh),
+      for_mesh(step_lib.make_eval_step(config), mesh),
       in_shardings=(self.state_shardings.params, self._batch_sharding),
       out_shardings=whole,
     )
@@ -75,7 +75,7 @@ class Program:
     return self._train_step.lower(state, batch)
 
 
-def _for_mesh(function: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+def for_mesh(function: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
   """Lets what is traced in `function` know how many devices it is for, and by which axes."""
 
   @functools.wraps(function)

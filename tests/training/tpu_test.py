@@ -33,11 +33,6 @@ def _config(name, **changes):
 def _compile(name, axis):
   """Returns a config over four chips along one mesh axis, and the compiled text and bytes."""
   config = _config(name, **{f'mesh.{axis}': 4})
-  if axis == 'tensor':
-    # 257 and 50257 tokens do not divide; as is usual, the vocabulary is filled up.
-    config = _config(
-      name, **{'mesh.tensor': 4, 'model.vocab_size': -(-config.model.vocab_size // 128) * 128}
-    )
   if axis == 'expert':
     # With as many groups as devices, what is sent has one size; else it goes in rounds.
     config = _config(name, **{'mesh.expert': 4, 'model.moe.router_groups': 4})

@@ -14,7 +14,7 @@ plan is made from what experts chose, not tokens: `ExpertChoicePlan`.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +148,7 @@ class DensePlan(RowPlan):
     return jnp.einsum('te,et...->t...', chosen, rows.astype(jnp.float32)).astype(rows.dtype)
 
 
+@no_type_check  # JAX rebuilds it with shapes and layouts in place of arrays
 class SparsePlan(RowPlan):
   """Rows hold the chosen pairs of token and expert only. S is their number.
 

@@ -14,7 +14,7 @@ left to the compiler.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +122,7 @@ def _plan_part_of_group(
   return plan.replace(dropped=wanted & ~kept)
 
 
+@no_type_check  # JAX rebuilds it with shapes and layouts in place of arrays
 class MeshPlan(dispatch.Plan):
   """A plan for each device.
 
@@ -186,6 +187,7 @@ class MeshPlan(dispatch.Plan):
     return mapped(self.plans, x, list(matrices), weights)
 
 
+@no_type_check
 class _Part(struct.PyTreeNode):
   """What a device has of the experts' matrices.
 

@@ -14,7 +14,7 @@ Implementation = Literal['auto', 'reference', 'tiled', 'megablox', 'triton_gpu']
 
 
 def grouped_matmul(
-  rows: Float[Array, 'S M'],
+  rows: Float[Array, 'R M'],
   weights: Float[Array, 'E M *F'],
   group_sizes: Int[Array, 'E'],
   *,
@@ -29,8 +29,8 @@ def grouped_matmul(
   The output axes of the weights may be several; they stay apart, so that each can be sharded.
 
   Args:
-    rows: Sorted by group: the first group_sizes[0] rows belong to group 0, and so on. With `take`,
-      tokens [T, M].
+    rows: [S, M], sorted by group: the first group_sizes[0] rows belong to group 0, and so on. With
+      `take`, tokens [T, M].
     weights: One matrix for each group, in the dtype of `rows`.
     group_sizes: Rows of each group; any may be zero. They add up to S or less; what is left of the
       rows belongs to no group, and its products are zero.

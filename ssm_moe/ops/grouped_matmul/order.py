@@ -1,11 +1,14 @@
 """Between the order of tokens and the order of experts."""
 
+from typing import no_type_check
+
 import jax
 from flax import struct
 
 from ssm_moe.shapes import Array, Float, Int
 
 
+@no_type_check  # JAX rebuilds it with shapes and layouts in place of arrays
 class RowOrder(struct.PyTreeNode):
   """Where the chosen pairs of token and expert, the assignments, stand among rows.
 

@@ -52,7 +52,7 @@ def supports(rows: Array, weights: Array) -> str | None:
 
 
 def grouped_matmul(
-  rows: Float[Array, 'S M'],
+  rows: Float[Array, 'R M'],
   weights: Float[Array, 'E M *F'],
   group_sizes: Int[Array, 'E'],
   *,

@@ -31,8 +31,8 @@ def _names() -> list[str]:
 
 
 NAMES = _names()
-# The first row of each file; and all as test parameters, of which the others are slow.
+# The first row of each file; and all as test parameters, of which the others are run by hand.
 FIRST = sorted({name.partition(':')[0]: name for name in reversed(NAMES)}.values())
 FIRST_FAST = [
-  name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+  name if name in FIRST else pytest.param(name, marks=pytest.mark.extended) for name in NAMES
 ]

@@ -125,9 +125,11 @@ def _losses_of_three_steps(model):
 
 
 def _values(tree, path=''):
-  """Every field's value, with where it stands."""
+  """Every field's value, with where it stands; of numbers, whether they are 0, 1, or others."""
   if isinstance(tree, dict):
     return {value for key, leaf in tree.items() for value in _values(leaf, f'{path}.{key}')}
+  if isinstance(tree, int | float) and tree not in (0, 1):
+    return {(path, 'a number')}
   return {(path, repr(tree))}
 
 

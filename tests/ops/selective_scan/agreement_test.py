@@ -27,9 +27,10 @@ def expected_results(case):
 
 
 # One argument at a time, which the cases with all of them cover too.
-_SLOW = ('skip', 'gate', 'softplus', 'bias', 'state', 'segments')
+_PARTS = ('skip', 'gate', 'softplus', 'bias', 'state', 'segments')
 CASES = [
-  pytest.param(case, marks=[pytest.mark.slow] * case.name.startswith(_SLOW)) for case in cases.CASES
+  pytest.param(case, marks=[pytest.mark.extended] * case.name.startswith(_PARTS))
+  for case in cases.CASES
 ]
 
 
@@ -60,7 +61,7 @@ def test_chunks_as_they_are_carried_on_a_tpu(name):
 
 
 @pytest.mark.parametrize(
-  'chunk_size', [5, 129, *(pytest.param(q, marks=pytest.mark.slow) for q in (1, 16, 1000))]
+  'chunk_size', [5, *(pytest.param(q, marks=pytest.mark.extended) for q in (1, 16, 129, 1000))]
 )
 def test_result_does_not_depend_on_chunk_size(chunk_size):
   case = next(case for case in cases.CASES if case.name == 'all_129')

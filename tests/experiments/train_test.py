@@ -94,7 +94,7 @@ def _last_step(workdir):
   return json.loads(lines[-1])['step'] if lines else 0
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_a_life_with_kills_and_signals_equals_one_without(folder):
   command = ['--config=small.py', '--workdir=life']
   workdir = folder / 'life'

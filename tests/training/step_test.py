@@ -160,7 +160,7 @@ def _first_step(name, **mesh_sizes):
     pytest.param('dropless', {'expert': 4, 'fsdp': 2}, marks=pytest.mark.slow),
     # Capacity over a mesh: tests/layers/mesh_dispatch_test.py.
     pytest.param('moe_mamba', {'expert': 4, 'fsdp': 2}, marks=pytest.mark.extended),
-    pytest.param('hybrid', {'data': 8}, marks=pytest.mark.extended),
+    pytest.param('hybrid', {'data': 8}, marks=pytest.mark.slow),
   ],
 )
 def test_eight_devices_equal_one(name, mesh_sizes):

@@ -26,10 +26,16 @@ def expected_results(case):
   return arguments, cotangents, value_and_gradients(reference, arguments, cotangents)
 
 
-# One argument at a time, which the cases with all of them cover too.
-_PARTS = ('skip', 'gate', 'softplus', 'bias', 'state', 'segments')
+# An argument alone, which the cases with all of them cover too.
+_EXTENDED = ('skip', 'gate', 'state')
+# A bias without softplus, a softplus without bias, documents without a first state.
+_SLOW = ('bias', 'softplus', 'segments')
 CASES = [
-  pytest.param(case, marks=[pytest.mark.extended] * case.name.startswith(_PARTS))
+  pytest.param(
+    case,
+    marks=[pytest.mark.extended] * case.name.startswith(_EXTENDED)
+    + [pytest.mark.slow] * case.name.startswith(_SLOW),
+  )
   for case in cases.CASES
 ]
 

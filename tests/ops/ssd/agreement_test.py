@@ -20,9 +20,8 @@ def expected_results(case):
   return arguments, cotangents, value_and_gradients(reference, arguments, cotangents)
 
 
-# One argument at a time, which the cases with all of them cover too.
-_EXTENDED = ('all_128', 'all_300', 'bias_129', 'segments_129')
-_SLOW = ('group_a_head_129',)
+_SLOW = ('all_128', 'bias_129', 'segments_129', 'group_a_head_129')
+_EXTENDED = ('all_300',)
 
 
 @pytest.mark.parametrize(

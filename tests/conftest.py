@@ -1,5 +1,6 @@
 """Strict numerics and eight virtual devices for every test; a compilation cache between runs."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -7,10 +8,11 @@ import signal
 
 # Tests run small shapes once: the time is in compiling them. Set before JAX reads it. Up to 0.10
 # there is an older generator of code for fusions too, which takes half the time; later jaxlibs
-# would stop at a flag that they do not know.
+# would stop at a flag that they do not know. Functions are small: in one piece they compile faster.
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '')
   + ' --xla_backend_optimization_level=0'
+  + ' --xla_cpu_parallel_codegen_split_count=1'
   + ' --xla_cpu_use_fusion_emitters=false' * (importlib.metadata.version('jaxlib') < '0.11')
 )
 
@@ -30,6 +32,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 _CACHE = pathlib.Path(os.environ.get('JAX_COMPILATION_CACHE_DIR') or '.jax_cache')
 jax.config.update('jax_compilation_cache_dir', str(_CACHE.absolute()))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+# A trace makes and keeps many objects, which the collector would go through again and again.
+gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def _run(*arguments):
   )
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_times_a_small_model():
   result = _run(
     '--models=mamba_rom',

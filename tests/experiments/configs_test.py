@@ -1,6 +1,5 @@
 """Every row of every config builds, learns when small, and says how it is run."""
 
-import dataclasses
 import pathlib
 import re
 import runpy
@@ -61,41 +60,6 @@ def test_builds_a_state_and_a_step(name):
   assert config.train.batch_size // config.train.accumulation_steps % 8 == 0  # eight devices
 
 
-def _shrunken(model):
-  """The same design, small enough to train: the rows of a sweep often come to the same model.
-
-  The time is in compiling: of the scans' implementations, the one that compiles fastest.
-  """
-  roms = {
-    name: dataclasses.replace(
-      getattr(model, name).rom,
-      num_experts=min(getattr(model, name).rom.num_experts, 4),
-      bottleneck=getattr(model, name).rom.bottleneck and 6,
-    )
-    for name in ('mamba', 'mamba2')
-  }
-  return dataclasses.replace(
-    model,
-    vocab_size=31,
-    d_model=16,
-    num_periods=1,
-    dtype='float32',
-    mamba=dataclasses.replace(
-      model.mamba,
-      d_inner=model.mamba.d_inner and 24,
-      d_state=4,
-      scan_implementation='reference',
-      rom=roms['mamba'],
-    ),
-    mamba2=dataclasses.replace(
-      model.mamba2, d_state=4, head_dim=8, scan_implementation='reference', rom=roms['mamba2']
-    ),
-    attention=dataclasses.replace(model.attention, num_heads=2, window=8),
-    mlp=dataclasses.replace(model.mlp, d_ff=24),
-    moe=dataclasses.replace(model.moe, num_experts=min(model.moe.num_experts, 4), d_ff=24),
-  )
-
-
 def _losses_of_three_steps(model):
   config = ExperimentConfig(
     model=model,
@@ -124,30 +88,10 @@ def _losses_of_three_steps(model):
   return losses
 
 
-def _values(tree, path=''):
-  """Every field's value, with where it stands."""
-  if isinstance(tree, dict):
-    return {value for key, leaf in tree.items() for value in _values(leaf, f'{path}.{key}')}
-  return {(path, repr(tree))}
-
-
-def _rows_with_every_value():
-  """Names of rows that have, among them, each value that a field has in any row, when shrunken."""
-  rows = {
-    name: _values(dataclasses.asdict(_shrunken(config_files.load(name).model)))
-    for name in config_files.NAMES
-  }
-  left, names = set.union(*rows.values()), []
-  while left:
-    names.append(max(rows, key=lambda name: len(rows[name] & left)))
-    left -= rows[names[-1]]
-  return names
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('name', _rows_with_every_value())
+@pytest.mark.parametrize('name', config_files.VARIED)
 def test_a_shrunken_version_learns(name):
-  losses = _losses_of_three_steps(_shrunken(config_files.load(name).model))
+  losses = _losses_of_three_steps(config_files.shrunken(config_files.load(name).model))
   assert np.isfinite(losses).all() and losses[0] > losses[1] > losses[2], losses
 
 

@@ -38,7 +38,7 @@ def _layer(plan, x, weights, combine_weights):
   return plan.apply(x, [weights, weights.swapaxes(1, 2)], combine_weights, between=jax.nn.relu)
 
 
-@pytest.mark.parametrize('weighted', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('weighted', [True, pytest.param(False, marks=pytest.mark.extended)])
 @pytest.mark.parametrize('top_k', [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('kind', ['dropless', 'capacity'])
 def test_agrees_with_the_dense_oracle_when_nothing_is_dropped(rng, kind, top_k, weighted):
@@ -54,8 +54,12 @@ def test_agrees_with_the_dense_oracle_when_nothing_is_dropped(rng, kind, top_k, 
       used = combine_weights if weighted else None
       return _layer(_plans(expert_index)[name], x, weights, used)
 
-    y, pull = jax.vjp(run, x, weights, combine_weights)
-    results[name] = (y, *pull(cotangent))
+    @jax.jit
+    def both(x, weights, combine_weights, cotangent, run=run):
+      y, pull = jax.vjp(run, x, weights, combine_weights)
+      return y, *pull(cotangent)
+
+    results[name] = both(x, weights, combine_weights, cotangent)
   tolerances.assert_close(
     results[kind], results['dense'], rtol=tolerances.FLOAT32_REORDERED, what=kind
   )
@@ -146,8 +150,8 @@ def test_the_index_after_the_last_is_no_expert(rng, kind):
 
   expected = jnp.einsum('tm,tmf->tf', x, weights[expert_index[:, 0] % _EXPERTS])
   expected = jnp.where(expert_index < _EXPERTS, expected, 0)
-  tolerances.assert_close(run(x), expected, rtol=tolerances.FLOAT32_REORDERED)
-  gradient = jax.grad(lambda x: jnp.sum(run(x)))(x)
+  tolerances.assert_close(jax.jit(run)(x), expected, rtol=tolerances.FLOAT32_REORDERED)
+  gradient = jax.jit(jax.grad(lambda x: jnp.sum(run(x))))(x)
   reached = np.abs(gradient).sum(axis=1) > 0
   np.testing.assert_array_equal(reached, expert_index[:, 0] < _EXPERTS)
   assert plan.dropped is None or not plan.dropped.any()
@@ -182,7 +186,9 @@ def test_expert_choice_equals_every_expert_on_every_token(rng):
     return jnp.sum(jnp.sin(_layer(plan, x, weights, scores)))
 
   actual, expected = (
-    jax.value_and_grad(run, argnums=(0, 1, 2))(x, weights, scores, chosen)
+    jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)), static_argnums=3)(
+      x, weights, scores, chosen
+    )
     for chosen in (True, False)
   )
   tolerances.assert_close(actual, expected, rtol=tolerances.FLOAT32_REORDERED)

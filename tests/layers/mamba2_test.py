@@ -143,7 +143,7 @@ def test_sequence_equals_steps(mixer):
   )
 
 
-@pytest.mark.parametrize('cut', [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize('cut', [pytest.param(1, marks=pytest.mark.extended), 3])
 def test_any_split_equals_the_whole(mixer, cut):
   module, variables, x = mixer
   whole, last, *_ = _apply(module, variables, x)
@@ -158,7 +158,7 @@ def test_any_split_equals_the_whole(mixer, cut):
 
 def test_no_gradient_from_later_tokens(mixer):
   module, variables, x = mixer
-  gradient = jax.grad(lambda x: _apply(module, variables, x)[0][:, 5].sum())(x)
+  gradient = jax.jit(jax.grad(lambda x: _apply(module, variables, x)[0][:, 5].sum()))(x)
   reached = np.abs(gradient).sum(axis=(0, 2)) > 0
   np.testing.assert_array_equal(reached, np.arange(_LENGTH) <= 5)
 
@@ -202,11 +202,16 @@ def _routed(**fields):
   return _mixer(RoMConfig(**({'kind': 'shared', 'num_experts': 4} | fields)))
 
 
-_SLOW = ('all_projections', 'conv_and_x', 'gate', 'dt', 'independent', 'bottleneck')
+# The others are parts of these.
+_HARD = ('all_projections', 'dt', 'independent', 'bottleneck')
 
 
 @pytest.mark.parametrize(
-  'name', [pytest.param(n, marks=[pytest.mark.slow] * (n in _SLOW)) for n in _ROUTED]
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in _HARD else pytest.mark.extended)
+    for name in _ROUTED
+  ],
 )
 def test_equals_the_dense_oracle(rng, name):
   x = jax.random.normal(rng, (_BATCH, _LENGTH, _D_MODEL))
@@ -220,7 +225,7 @@ def test_equals_the_dense_oracle(rng, name):
       balance = sum(reported.load_balancing_loss for reported in aux.values())
       return jnp.sum(jnp.sin(y)) + balance, y
 
-    return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables, x)
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables, x)
 
   (gradient, *_), _ = actual = run(sparse)
   tolerances.assert_close(actual, run(oracle), rtol=tolerances.FLOAT32_REORDERED)

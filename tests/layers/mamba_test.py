@@ -46,11 +46,20 @@ def _apply(module, variables, x, **options):
   return module.apply(variables, x, **options)
 
 
-@pytest.fixture(params=[pytest.param(k, marks=[pytest.mark.slow] * (k == 'inner')) for k in _KINDS])
-def mixer(request, rng):
-  module = _mixer(_KINDS[request.param])
-  x = jax.random.normal(rng, (_BATCH, _LENGTH, _D_MODEL))
-  return module, jax.jit(module.init)(rng, x), x
+@functools.cache
+def _built(kind):
+  key = jax.random.key(0)
+  module = _mixer(_KINDS[kind])
+  x = jax.random.normal(key, (_BATCH, _LENGTH, _D_MODEL))
+  return module, jax.jit(module.init)(key, x), x
+
+
+_MARKS = {'rom': [pytest.mark.extended], 'inner': [pytest.mark.slow]}
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=_MARKS.get(kind, [])) for kind in _KINDS])
+def mixer(request):
+  return _built(request.param)
 
 
 def test_sequence_equals_steps(mixer):
@@ -69,7 +78,7 @@ def test_sequence_equals_steps(mixer):
   )
 
 
-@pytest.mark.parametrize('cut', [1, pytest.param(3, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize('cut', [1, *(pytest.param(n, marks=pytest.mark.extended) for n in (3, 8))])
 def test_any_split_equals_the_whole(mixer, cut):
   module, variables, x = mixer
   whole, last, *_ = _apply(module, variables, x)
@@ -84,7 +93,7 @@ def test_any_split_equals_the_whole(mixer, cut):
 
 def test_no_gradient_from_later_tokens(mixer):
   module, variables, x = mixer
-  gradient = jax.grad(lambda x: _apply(module, variables, x)[0][:, 5].sum())(x)
+  gradient = jax.jit(jax.grad(lambda x: _apply(module, variables, x)[0][:, 5].sum()))(x)
   reached = np.abs(gradient).sum(axis=(0, 2)) > 0
   np.testing.assert_array_equal(reached, np.arange(_LENGTH) <= 5)
 
@@ -106,7 +115,7 @@ _ALL = ('conv', 'gate', 'out', 'x', 'dt')
 _ROUTED = {
   'top2': {'top_k': 2},
   'renormalized': {'top_k': 2, 'weights': 'renormalized'},
-  'all_projections': {'expert_projections': _ALL, 'weight_at': 'each'},
+  'all_projections': {'top_k': 2, 'expert_projections': _ALL, 'weight_at': 'each'},
   'conv_and_x': {'expert_projections': ('conv', 'x')},
   'straight_through': {'weight_at': 'straight_through'},
   'independent': {'kind': 'independent', 'weight_at': 'each', 'expert_projections': _ALL},
@@ -120,12 +129,19 @@ def _routed(**fields):
   return _mixer(RoMConfig(**({'kind': 'shared', 'num_experts': 4} | fields)))
 
 
-_SLOW = ('renormalized', 'conv_and_x', 'straight_through', 'independent', 'bottleneck', 'capacity')
+_SLOW = ('renormalized', 'straight_through', 'independent', 'bottleneck', 'capacity')
+_EXTENDED = ('top2', 'conv_and_x')
 
 
 @pytest.mark.parametrize(
   'name',
-  [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in _ROUTED],
+  [
+    pytest.param(
+      name,
+      marks=[pytest.mark.slow] * (name in _SLOW) + [pytest.mark.extended] * (name in _EXTENDED),
+    )
+    for name in _ROUTED
+  ],
 )
 def test_equals_the_dense_oracle(rng, name):
   x = jax.random.normal(rng, (_BATCH, _LENGTH, _D_MODEL))
@@ -139,7 +155,7 @@ def test_equals_the_dense_oracle(rng, name):
       balance = sum(reported.load_balancing_loss for reported in aux.values())
       return jnp.sum(jnp.sin(y)) + balance, y
 
-    return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables, x)
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables, x)
 
   (gradient, *_), _ = actual = run(sparse)
   tolerances.assert_close(actual, run(oracle), rtol=tolerances.FLOAT32_REORDERED)

@@ -50,6 +50,7 @@ CONFIGS = {
 }
 
 
+@functools.cache
 def make_params(config):
   return nn.unbox(jax.jit(lm.LM(config).init)(jax.random.key(0), TOKENS)['params'])
 

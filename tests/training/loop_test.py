@@ -20,7 +20,6 @@ import pytest
 from ssm_moe.config import (
   DataConfig,
   ExperimentConfig,
-  MambaConfig,
   ModelConfig,
   TrainConfig,
   to_dict,
@@ -278,7 +277,7 @@ class TestStopped:
   @_mamba
   @pytest.mark.parametrize(
     'looks',
-    [n if n in (1, 4, 8) else pytest.param(n, marks=pytest.mark.slow) for n in range(1, 9)],
+    [n if n in (1, 4, 8) else pytest.param(n, marks=pytest.mark.extended) for n in range(1, 9)],
   )
   def test_wherever_the_signal_falls_what_is_said_is_saved(
     self, whole, tmp_path, monkeypatch, capfd, looks
@@ -314,7 +313,7 @@ class TestStopped:
     assert f'SIGTERM: step {newest} is saved' in capfd.readouterr().err
     assert all(row['step'] <= newest for row in small_run.rows(tmp_path))
 
-  @pytest.mark.parametrize('lost', [1, 2, 3])
+  @pytest.mark.parametrize('lost', [1, pytest.param(2, marks=pytest.mark.extended), 3])
   def test_by_a_kill_after_a_checkpoint(self, copy, whole, lost, capfd):
     # What a kill -9 leaves: rows after the newest checkpoint, the last one cut short.
     config, workdir = copy
@@ -468,7 +467,7 @@ class TestNotFinite:
 
 def test_a_synthetic_task_has_no_bits_per_byte_and_no_sample(tmp_path, capfd):
   config = ExperimentConfig(
-    model=ModelConfig(vocab_size=16, d_model=8, num_periods=1, mamba=MambaConfig(d_state=4)),
+    model=ModelConfig(vocab_size=16, d_model=8, num_periods=1, pattern='F'),
     data=DataConfig(train=('selective_copying',), valid=('selective_copying',)),
     train=TrainConfig(
       num_steps=4, batch_size=8, sequence_length=48, log_every=2, eval_every=2, eval_tokens=800

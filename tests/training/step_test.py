@@ -38,7 +38,14 @@ _MODELS = {
   },
   'dropless': {
     'pattern': 'M E',
-    'moe': MoEConfig(num_experts=4, top_k=2, dispatch='dropless', activation='swiglu'),
+    'moe': MoEConfig(
+      num_experts=4,
+      top_k=2,
+      dispatch='dropless',
+      activation='swiglu',
+      num_shared_experts=1,
+      selection_bias_rate=0.01,
+    ),
   },
   'rom': {'mamba': MambaConfig(d_state=4, rom=RoMConfig(kind='shared', num_experts=4))},
   'hybrid': {
@@ -86,7 +93,7 @@ def _start(config):
 
 
 @pytest.mark.parametrize(
-  'name', ['mamba', *(pytest.param(n, marks=pytest.mark.slow) for n in ('moe_mamba', 'rom'))]
+  'name', ['rom', *(pytest.param(n, marks=pytest.mark.extended) for n in ('mamba', 'moe_mamba'))]
 )
 def test_the_loss_falls(name):
   state, train_step = _start(_config(name))
@@ -100,7 +107,11 @@ def test_the_loss_falls(name):
 
 @pytest.mark.parametrize(
   ('name', 'parts'),
-  [('mamba', 2), *(pytest.param('rom', parts, marks=pytest.mark.slow) for parts in (2, 4))],
+  [
+    ('mamba', 2),
+    pytest.param('rom', 4, marks=pytest.mark.slow),
+    pytest.param('rom', 2, marks=pytest.mark.extended),
+  ],
 )
 def test_accumulation_equals_the_large_batch(name, parts):
   # With the balance coefficient at zero: routing losses are counted in each part on its own.
@@ -142,14 +153,14 @@ def _first_step(name, **mesh_sizes):
   return jax.tree.map(np.asarray, (_moments(state), metrics))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'mesh_sizes'),
   [
-    ('rom', {'data': 2, 'fsdp': 2, 'tensor': 2}),
-    ('moe_mamba', {'expert': 4, 'fsdp': 2}),
-    ('dropless', {'expert': 4, 'fsdp': 2}),
-    ('hybrid', {'data': 8}),
+    pytest.param('rom', {'data': 2, 'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
+    pytest.param('dropless', {'expert': 4, 'fsdp': 2}, marks=pytest.mark.slow),
+    # Capacity over a mesh: tests/layers/mesh_dispatch_test.py.
+    pytest.param('moe_mamba', {'expert': 4, 'fsdp': 2}, marks=pytest.mark.extended),
+    pytest.param('hybrid', {'data': 8}, marks=pytest.mark.slow),
   ],
 )
 def test_eight_devices_equal_one(name, mesh_sizes):
@@ -225,16 +236,17 @@ def test_evaluation_counts_scored_tokens_only():
     np.testing.assert_allclose(load.sum(axis=-1) / padded.tokens, np.ones(2), rtol=1e-5)
 
 
-@pytest.mark.parametrize('parts', [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize('parts', [pytest.param(1, marks=pytest.mark.extended), 2])
 def test_routing_losses_are_means_over_the_parts(parts):
   # Every row is the same: each part routes as the whole does, whatever it is compared with.
   moe = MoEConfig(num_experts=4, load_balancing_coefficient=0.5, dispatch='dropless')
   config = _config('moe_mamba', accumulation_steps=parts)
-  config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+  model = dataclasses.replace(config.model, pattern='E', moe=moe)
+  config = dataclasses.replace(config, model=model)
   state, train_step = _start(config)
   batch = {name: np.broadcast_to(rows[:1], rows.shape) for name, rows in _batch().items()}
   _, metrics = train_step(state, batch)
-  balance = np.mean(metrics.aux['moe_1'].load_balancing_loss)
+  balance = np.mean(metrics.aux['moe_0'].load_balancing_loss)
   np.testing.assert_allclose(metrics.auxiliary_loss, 0.5 * balance, rtol=1e-5)
 
 

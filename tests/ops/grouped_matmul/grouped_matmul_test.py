@@ -40,6 +40,9 @@ def _value_and_gradients(implementation, rows, weights, sizes, cotangent):
   return value, *pull(cotangent)
 
 
+_jitted = jax.jit(_value_and_gradients, static_argnums=0)
+
+
 _SIZES = {
   'even': (50, 50, 50, 50),
   'uneven': (129, 1, 3, 67),
@@ -55,8 +58,8 @@ _SIZES = {
 @pytest.mark.parametrize('case', _SIZES)
 def test_equals_the_reference(case, dtype):
   inputs = _inputs(_SIZES[case], dtype=dtype)
-  expected = _value_and_gradients('reference', *[_upcast(x) for x in inputs])
-  actual = _value_and_gradients('tiled', *inputs)
+  expected = _jitted('reference', *[_upcast(x) for x in inputs])
+  actual = _jitted('tiled', *inputs)
   assert {leaf.dtype.name for leaf in actual} == {dtype}
   tolerances.assert_close(
     [_upcast(x) for x in actual], list(expected), rtol=tolerances.BY_DTYPE[dtype], what=case
@@ -74,9 +77,6 @@ def test_equals_numpy(implementation):
     actual = grouped_matmul(rows, weights, group_sizes, implementation=implementation)
     expected = _numpy(rows, weights, sizes)
     tolerances.assert_close(actual, expected, rtol=tolerances.FLOAT32_REORDERED)
-
-
-_jitted = jax.jit(_value_and_gradients, static_argnums=0)
 
 
 @settings(max_examples=40, deadline=None)

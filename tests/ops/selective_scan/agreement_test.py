@@ -26,10 +26,17 @@ def expected_results(case):
   return arguments, cotangents, value_and_gradients(reference, arguments, cotangents)
 
 
-# One argument at a time, which the cases with all of them cover too.
-_SLOW = ('skip', 'gate', 'softplus', 'bias', 'state', 'segments')
+# An argument alone, which the cases with all of them cover too.
+_EXTENDED = ('skip', 'gate', 'state')
+# A bias without softplus, a softplus without bias, documents without a first state.
+_SLOW = ('bias', 'softplus', 'segments')
 CASES = [
-  pytest.param(case, marks=[pytest.mark.slow] * case.name.startswith(_SLOW)) for case in cases.CASES
+  pytest.param(
+    case,
+    marks=[pytest.mark.extended] * case.name.startswith(_EXTENDED)
+    + [pytest.mark.slow] * case.name.startswith(_SLOW),
+  )
+  for case in cases.CASES
 ]
 
 
@@ -60,7 +67,7 @@ def test_chunks_as_they_are_carried_on_a_tpu(name):
 
 
 @pytest.mark.parametrize(
-  'chunk_size', [5, 129, *(pytest.param(q, marks=pytest.mark.slow) for q in (1, 16, 1000))]
+  'chunk_size', [5, *(pytest.param(q, marks=pytest.mark.extended) for q in (1, 16, 129, 1000))]
 )
 def test_result_does_not_depend_on_chunk_size(chunk_size):
   case = next(case for case in cases.CASES if case.name == 'all_129')

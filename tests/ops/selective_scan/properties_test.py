@@ -39,7 +39,7 @@ def split_static(arguments):
 
 
 @every_implementation
-@pytest.mark.parametrize('middle', [1, 50])
+@pytest.mark.parametrize('middle', [pytest.param(1, marks=pytest.mark.extended), 50])
 def test_second_half_continues_from_the_state_of_the_first(implementation, middle):
   case, arguments = make_arguments(
     90, D=True, z=True, dt_bias=True, dt_softplus=True, h0=True, segments=4

@@ -20,14 +20,19 @@ def expected_results(case):
   return arguments, cotangents, value_and_gradients(reference, arguments, cotangents)
 
 
-# Compiled in the slow part of the tests: variations of the others.
-_SLOW = ('all_128', 'all_300', 'bias_129', 'segments_129', 'group_a_head_129')
+_SLOW = ('all_128', 'bias_129', 'segments_129', 'group_a_head_129')
+_EXTENDED = ('all_300',)
 
 
 @pytest.mark.parametrize(
   'case',
   [
-    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in _SLOW))
+    pytest.param(
+      case,
+      id=case.name,
+      marks=[pytest.mark.slow] * (case.name in _SLOW)
+      + [pytest.mark.extended] * (case.name in _EXTENDED),
+    )
     for case in cases.CASES
   ],
 )
@@ -44,7 +49,7 @@ def test_equals_reference_in_values_and_gradients(case):
 
 
 @pytest.mark.parametrize(
-  'chunk_size', [5, 64, *(pytest.param(q, marks=pytest.mark.slow) for q in (1, 256))]
+  'chunk_size', [5, 64, *(pytest.param(q, marks=pytest.mark.extended) for q in (1, 256))]
 )
 def test_result_does_not_depend_on_chunk_size(chunk_size):
   case = next(case for case in cases.CASES if case.name == 'all_129')
@@ -57,12 +62,13 @@ def test_result_does_not_depend_on_chunk_size(chunk_size):
 def test_heads_of_a_group_share_B_and_C():
   case = cases.Case(name='groups', length=9, num_heads=6, num_groups=2)
   arguments = cases.make_inputs(case, jax.random.key(3))
+  arrays = {name: v for name, v in arguments.items() if isinstance(v, jax.Array)}
   # One group a head, with the group's B and C written out for each of its three heads.
   one_each = {name: jnp.repeat(arguments[name], 3, axis=2) for name in ('B', 'C')}
   for implementation in ('reference', 'chunked'):
-    ssd = functools.partial(api.ssd, implementation=implementation)
-    expected = ssd(**{**arguments, **one_each})
-    assert_close(ssd(**arguments), expected, rtol=BY_DTYPE[case.dtype], what=implementation)
+    ssd = jax.jit(functools.partial(api.ssd, implementation=implementation))
+    expected = ssd(**{**arrays, **one_each})
+    assert_close(ssd(**arrays), expected, rtol=BY_DTYPE[case.dtype], what=implementation)
 
 
 class WithAndWithoutJit(chex.TestCase):
@@ -75,7 +81,8 @@ class WithAndWithoutJit(chex.TestCase):
     softplus = arguments['dt_softplus']
     arrays = {name: v for name, v in arguments.items() if name != 'dt_softplus'}
     x = arrays.pop('x')
-    for implementation in ('reference', 'chunked'):
+    # The reference is a loop over time, which is compiled either way.
+    for implementation in ('chunked',):
 
       @self.variant
       def run(x, arrays, cotangents, implementation=implementation):

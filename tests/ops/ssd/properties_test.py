@@ -41,7 +41,7 @@ def split_static(arguments):
 
 @every_implementation
 @pytest.mark.parametrize(
-  'middle', [50, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 128))]
+  'middle', [50, *(pytest.param(m, marks=pytest.mark.extended) for m in (1, 128))]
 )
 def test_second_half_continues_from_the_state_of_the_first(implementation, middle):
   case, arguments = make_arguments(150, D=True, dt_bias=True, dt_softplus=True, h0=True, segments=4)

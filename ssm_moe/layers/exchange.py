@@ -11,7 +11,7 @@ many rounds as it takes; so nothing overflows, and the cost follows the fullest 
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,7 +50,9 @@ def apply(
     rows = _to_owners(plan.dispatch(x), plan, axis_name)
     rows = plan.matmuls(rows, matrices, between, whole)
     return plan.combine(_to_sources(rows, plan, axis_name), weights)
-  chosen = _all_rounds(axis_name, between, whole, plan, x, list(matrices))
+  if whole is not None:
+    matrices = [whole(matrix) for matrix in matrices]
+  chosen = _all_rounds(axis_name, between, plan, x, list(matrices))
   return dispatch.sum_choices(chosen, weights)
 
 
@@ -71,52 +73,50 @@ def _to_sources(rows: Array, plan: dispatch.SparsePlan, axis_name: str) -> Array
   return by_expert.reshape(-1, *rows.shape[1:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _all_rounds(
   axis_name: str,
   between: dispatch.Between,
-  whole: dispatch.Whole | None,
   plan: dispatch.SparsePlan,
   x: Float[Array, 'T M'],
-  matrices: list[Any],
+  matrices: list[Float[Array, '...']],
 ) -> Float[Array, 'T K ...']:
   """Returns what the experts of each token make of it, in as many rounds as it takes."""
-  matrices = _all_whole(whole, matrices)
   one_round = functools.partial(_one_round, axis_name, between, plan)
-  products = jax.eval_shape(one_round, jnp.zeros((), jnp.int32), x, matrices)
-  return jax.lax.fori_loop(
-    0,
-    _num_rounds(plan, axis_name),
-    lambda i, chosen: chosen + one_round(i, x, matrices),
-    jnp.zeros(products.shape, products.dtype),
+  first = one_round(jnp.zeros((), jnp.int32), x, matrices)
+  return _later_rounds(plan, axis_name, lambda i, chosen: chosen + one_round(i, x, matrices), first)
+
+
+def _all_rounds_forward(axis_name, between, plan, x, matrices):
+  one_round = functools.partial(_one_round, axis_name, between, plan)
+  # Most of the time there is but one. Of the others, of which nobody knows how many there are,
+  # nothing is kept for the backward pass: they are run again.
+  first, pull = jax.vjp(functools.partial(one_round, jnp.zeros((), jnp.int32)), x, matrices)
+  chosen = _later_rounds(
+    plan, axis_name, lambda i, chosen: chosen + one_round(i, x, matrices), first
   )
+  return chosen, (plan, x, matrices, pull)
 
 
-def _all_rounds_forward(axis_name, between, whole, plan, x, matrices):
-  return _all_rounds(axis_name, between, whole, plan, x, matrices), (plan, x, matrices)
-
-
-def _all_rounds_backward(axis_name, between, whole, residuals, d_chosen):
-  plan, x, matrices = residuals
-  # Nothing of the forward pass is kept but its inputs: how many rounds there are is not known.
-  gathered, scatter = jax.vjp(functools.partial(_all_whole, whole), matrices)
+def _all_rounds_backward(axis_name, between, residuals, d_chosen):
+  plan, x, matrices, pull_first = residuals
 
   def add_round(i, sums):
     one_round = functools.partial(_one_round, axis_name, between, plan, i)
-    _, pull = jax.vjp(one_round, x, gathered)
-    return jax.tree.map(lambda total, more: total + more.astype(total.dtype), sums, pull(d_chosen))
+    _, pull = jax.vjp(one_round, x, matrices)
+    return jax.tree.map(jnp.add, sums, pull(d_chosen))
 
-  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (x, gathered))
-  sums = jax.lax.fori_loop(0, _num_rounds(plan, axis_name), add_round, zeros)
-  dx, d_gathered = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, (x, gathered))
-  return None, dx, *scatter(d_gathered)
+  return None, *_later_rounds(plan, axis_name, add_round, pull_first(d_chosen))
 
 
 _all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)
 
 
-def _all_whole(whole: dispatch.Whole | None, matrices: list[Any]) -> list[Array]:
-  return matrices if whole is None else [whole(matrix) for matrix in matrices]
+def _later_rounds(
+  plan: dispatch.SparsePlan, axis_name: str, add_round: Callable[[Array, Any], Any], first: Any
+) -> Any:
+  """Adds to what the first round gave what all others give."""
+  return jax.lax.fori_loop(1, _num_rounds(plan, axis_name), add_round, first)
 
 
 def _room(plan: dispatch.SparsePlan, num_devices: int) -> int:

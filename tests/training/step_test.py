@@ -1,7 +1,6 @@
-"""One step: accumulation, meshes, carried state, and a loss that falls."""
+"""One step: accumulation, carried state, and a loss that falls."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ssm_moe import sharding
 from ssm_moe.config import (
-  AttentionConfig,
   DataConfig,
   ExperimentConfig,
-  Mamba2Config,
   MambaConfig,
-  MeshConfig,
   ModelConfig,
   MoEConfig,
   OptimizerConfig,
@@ -25,7 +20,6 @@ from ssm_moe.config import (
 )
 from ssm_moe.training import step as step_lib
 from ssm_moe.training.optimizer import make_optimizer
-from ssm_moe.training.program import Program
 from tests import tolerances
 
 _ROWS, _LENGTH, _VOCAB = 8, 16, 31
@@ -36,28 +30,7 @@ _MODELS = {
     'pattern': 'M E',
     'moe': MoEConfig(num_experts=4, router_groups=8, load_balancing_coefficient=0.0),
   },
-  'dropless': {
-    'pattern': 'M E',
-    'moe': MoEConfig(
-      num_experts=4,
-      top_k=2,
-      dispatch='dropless',
-      activation='swiglu',
-      num_shared_experts=1,
-      selection_bias_rate=0.01,
-    ),
-  },
   'rom': {'mamba': MambaConfig(d_state=4, rom=RoMConfig(kind='shared', num_experts=4))},
-  'hybrid': {
-    'pattern': 'S+E W',
-    'mamba2': Mamba2Config(
-      head_dim=8,
-      d_state=4,
-      rom=RoMConfig(kind='shared', num_experts=4, selection_bias_rate=0.01),
-    ),
-    'attention': AttentionConfig(num_heads=2, window=4, cache_length=16),
-    'moe': MoEConfig(num_experts=4, dispatch='dropless', num_shared_experts=1),
-  },
 }
 
 
@@ -137,35 +110,6 @@ def _moments(state):
 
 def _has_moments(part):
   return hasattr(part, 'mu')
-
-
-@functools.cache
-def _first_step(name, **mesh_sizes):
-  """Returns the moments and metrics of a step on a mesh of eight devices, or on one."""
-  config = _config(name)
-  # One period has all there is to see; 31 tokens do not divide over `tensor`.
-  model = dataclasses.replace(config.model, num_periods=1)
-  config = dataclasses.replace(config, model=model)
-  devices = jax.devices() if mesh_sizes else jax.devices()[:1]
-  program = Program(config, sharding.make_mesh(MeshConfig(**mesh_sizes), devices))
-  state, batch = program.init_state(), program.put(_batch())
-  state, metrics = program.compile_train_step(state, batch)(state, batch)
-  return jax.tree.map(np.asarray, (_moments(state), metrics))
-
-
-@pytest.mark.parametrize(
-  ('name', 'mesh_sizes'),
-  [
-    pytest.param('rom', {'data': 2, 'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
-    pytest.param('dropless', {'expert': 4, 'fsdp': 2}, marks=pytest.mark.slow),
-    # Capacity over a mesh: tests/layers/mesh_dispatch_test.py.
-    pytest.param('moe_mamba', {'expert': 4, 'fsdp': 2}, marks=pytest.mark.extended),
-    pytest.param('hybrid', {'data': 8}, marks=pytest.mark.slow),
-  ],
-)
-def test_eight_devices_equal_one(name, mesh_sizes):
-  single, spread = _first_step(name), _first_step(name, **mesh_sizes)
-  tolerances.assert_close(spread, single, rtol=tolerances.FLOAT32_REORDERED)
 
 
 @pytest.mark.slow

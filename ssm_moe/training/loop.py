@@ -144,8 +144,11 @@ class _Run:
     except jax.errors.JaxRuntimeError as error:
       if jax.process_count() == 1:
         raise
-      # Most often another process is gone, and has told why; here it is a broken connection.
-      raise TrainingError(f'step {progress.step}: {str(error).splitlines()[0]}') from error
+      # Here it is most often a broken connection.
+      raise TrainingError(
+        f'step {progress.step}: {str(error).splitlines()[0]}; if another process is gone, the same '
+        'command goes on from the last checkpoint, with fewer processes too'
+      ) from error
     if summary is None:
       self._checkpointer.wait()
       self._metrics.say(

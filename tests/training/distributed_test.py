@@ -56,6 +56,10 @@ class TestFlags:
       distributed.check(NAMED._replace(**change))
     assert '\n' not in str(error.value) and error.value.exit_status == 2
 
+  def test_a_heartbeat_that_cannot_be(self):
+    with pytest.raises(UserError, match=r'^--heartbeat_seconds=0: it must be at least 1'):
+      distributed.initialize(NAMED, {}, heartbeat_seconds=0)
+
   @pytest.mark.parametrize(
     ('environment', 'several'),
     [
@@ -84,9 +88,11 @@ class TestFlags:
       assert '\n' not in str(error.value) and error.value.exit_status == 2
 
   def test_one_process_stays_alone(self):
-    distributed.initialize(distributed.Processes(), {})
+    distributed.initialize(distributed.Processes(), {}, heartbeat_seconds=45)
     distributed.initialize(
-      distributed.Processes(distributed=False), {'TPU_WORKER_HOSTNAMES': 'a,b'}
+      distributed.Processes(distributed=False),
+      {'TPU_WORKER_HOSTNAMES': 'a,b'},
+      heartbeat_seconds=45,
     )
     assert not jax.distributed.is_initialized()
 
@@ -135,7 +141,7 @@ from ssm_moe.errors import UserError
 from ssm_moe.training import distributed
 
 address, process = sys.argv[1], int(sys.argv[2])
-distributed.initialize(distributed.Processes(None, address, 2, process), {})
+distributed.initialize(distributed.Processes(None, address, 2, process), {}, heartbeat_seconds=45)
 seen = {}
 
 # Rows that are not contiguous: the devices of the two processes alternate.
@@ -287,6 +293,37 @@ def test_what_happens_in_one_process_is_known_to_both(tmp_path):
   assert first['long'][1].startswith('process 1: ' + 'é' * 500)
   assert first['first_fails'][:2] == ['OSError', '[Errno 28] disk full']
   assert second['first_fails'] == ['UserError', 'process 0: [Errno 28] disk full', 1]
+
+
+# Process 1 goes silent, as a host does that loses its network; process 0 waits for it in a
+# collective that never notices.
+SILENT = """
+import os, signal, sys
+from ssm_moe.training import distributed
+
+address, process = sys.argv[1], int(sys.argv[2])
+distributed.initialize(distributed.Processes(None, address, 2, process), {}, heartbeat_seconds=4)
+distributed.check_same(seed=1)
+print('together', flush=True)
+if process == 1:
+  os.kill(os.getpid(), signal.SIGSTOP)
+distributed.check_same(seed=1)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_falls_silent_ends_the_other(tmp_path):
+  (tmp_path / 'silent.py').write_text(SILENT)
+  with _pair(tmp_path, lambda *arguments: ['silent.py', *arguments]) as (first, _):
+    while first.stdout.readline() not in ('together\n', ''):
+      pass
+    start = time.monotonic()
+    _, errors = first.communicate(timeout=60)
+    # So many heartbeats, and what the machine does besides.
+    assert time.monotonic() - start < 30
+  assert first.returncode == -signal.SIGABRT, errors
+  (line,) = (line for line in errors.splitlines() if line.startswith('silent.py: '))
+  assert line.startswith('silent.py: process 0 of 2 was killed, or ended because another is gone; ')
 
 
 CONFIG = """

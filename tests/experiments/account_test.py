@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -61,6 +63,35 @@ def test_a_mistake_is_one_line():
   (line,) = result.stderr.splitlines()
   assert line.startswith('account.py: config.model.num_layers does not exist')
   assert 'num_periods' in line
+
+
+def test_the_layout_on_a_mesh_of_the_config():
+  result = _run('--config=experiments/configs/quickstart.py', '--config.mesh.fsdp=2', '--layout')
+  assert (result.returncode, result.stderr) == (0, '')
+  *table, last = result.stdout.splitlines()
+  (line,) = (line for line in table if line.startswith('  embedding'))
+  assert ' '.join(line.split()) == 'embedding 257 x 128 float32 vocab, embed -, fsdp 65,792'
+  totals = json.loads(last)
+  assert totals['mesh'] == {'data': 1, 'fsdp': 2, 'expert': 1, 'tensor': 1, 'sequence': 1}
+  kinds = totals['bytes_per_device']
+  assert kinds.pop('sum') == sum(kinds.values())
+  moments = next(line for line in table if 'are moments' in line)
+  # The counts of steps besides.
+  assert moments.endswith(f'as their parameters: {kinds["optimizer"] - 8:,} bytes per device.')
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'words'),
+  [
+    (('--config.mesh.fsdp=3', '--layout', '--num_devices=8'), 'fsdp 1, 2, 4 or 8 would'),
+    (('--layout', '--num_devices=0'), '--num_devices is 0; it must be at least 1'),
+  ],
+)
+def test_a_mesh_that_cannot_be_is_one_line(arguments, words):
+  result = _run('--config=experiments/configs/quickstart.py', *arguments)
+  assert (result.returncode, result.stdout) == (2, '')
+  (line,) = result.stderr.splitlines()
+  assert line.startswith('account.py: ') and words in line
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

@@ -13,6 +13,7 @@ import json
 
 import jax
 from absl import flags
+from jax.sharding import PartitionSpec
 from ml_collections import config_flags
 
 from ssm_moe import command_line, config, sharding
@@ -53,11 +54,11 @@ def _print_layout(experiment: config.ExperimentConfig) -> None:
   state, axes = program.template, program.logical_axes
   parameters = layout.rows_of(state.params, axes.params)
   moments, others = layout.follow(layout.rows_of(state.opt_state, axes.opt_state), parameters)
-  rows, carried = jax.sharding.PartitionSpec('batch'), jax.sharding.PartitionSpec('layers', 'batch')
+  tokens, carried = PartitionSpec('batch', 'sequence'), PartitionSpec('layers', 'batch')
   sections = {
     'parameters': parameters,
     'optimizer, besides moments': others,
-    'batch': layout.rows_of(program.batch_template, rows),
+    'batch': layout.rows_of(program.batch_template, tokens),
     'carried state': layout.rows_of(state.model_state, carried),
     'activations, of one layer of each kind': layout.activations(experiment, mesh),
   }

@@ -21,7 +21,7 @@ from ssm_moe.config.model import LAYER_WORDS
 _Names = tuple[str | None, ...]
 
 
-_LOGITS = ('batch', 'length', 'vocab')
+_LOGITS = ('batch', 'sequence', 'vocab')
 
 
 class Row(NamedTuple):
@@ -49,7 +49,8 @@ def rows_of(tree: Any, logical_axes: Any) -> list[Row]:
 
   Args:
     tree: Of shapes with layouts.
-    logical_axes: The same tree of `PartitionSpec`s of logical names, or one for all arrays.
+    logical_axes: The same tree of `PartitionSpec`s of logical names, or one for all arrays, as far
+      as they have axes.
 
   Raises:
     ConfigError: an array does not divide over the mesh axes that are to split it.
@@ -86,7 +87,7 @@ def _as_tuple(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _filled(names: Iterable, ndim: int) -> tuple:
-  names = tuple(names)
+  names = tuple(names)[:ndim]
   return names + (None,) * (ndim - len(names))
 
 
@@ -119,7 +120,7 @@ def activations(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> list[Row
   model, train = config.model, config.train
   batch = train.batch_size // train.accumulation_steps
   length = train.sequence_length
-  stream = ('stream', model.residual_dtype, (batch, length, model.d_model), ('batch', 'length'))
+  stream = ('stream', model.residual_dtype, (batch, length, model.d_model), ('batch', 'sequence'))
   layers = [
     (name, model.dtype, shape, axes)
     for letter in dict.fromkeys(model.layers)
@@ -138,7 +139,7 @@ def _of_layer(
   letter: str, model: ModelConfig, batch: int, length: int
 ) -> list[tuple[str, tuple[int, ...], _Names]]:
   """Returns name, shape and logical axes of the widest activations of a layer."""
-  rows, names = (batch, length), ('batch', 'length')
+  rows, names = (batch, length), ('batch', 'sequence')
   match letter:
     case 'M' | 'm' | 'S' | 's':
       mixer = LAYER_WORDS[letter]

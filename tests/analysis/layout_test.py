@@ -49,7 +49,7 @@ def _rows(mesh):
     'parameters': layout.rows_of(state.params, axes.params),
     'optimizer': layout.rows_of(state.opt_state, axes.opt_state),
     'carried_state': layout.rows_of(state.model_state, PartitionSpec('layers', 'batch')),
-    'batch': layout.rows_of(program.batch_template, PartitionSpec('batch')),
+    'batch': layout.rows_of(program.batch_template, PartitionSpec('batch', 'sequence')),
   }
 
 
@@ -104,6 +104,6 @@ def test_the_table_has_every_array_once():
   head, *lines = layout.table({'activations': rows})
   assert len({len(line) for line in (head, *lines) if line.startswith('  ')}) == 1
   (stream,) = (line for line in lines if line.startswith('  stream'))
-  told = 'stream 8 x 24 x 20 float32 batch, length, - data*fsdp, -, - 3,840'
+  told = 'stream 8 x 24 x 20 float32 batch, sequence, - data*fsdp, -, - 3,840'
   assert ' '.join(stream.split()) == told
   assert [line.split()[0] for line in lines[2:]] == [row.name.split()[0] for row in rows]

@@ -40,6 +40,10 @@ _COORDINATOR_ADDRESS = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With it: how many there are.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'With it: which of them this is, from 0.')
+# The loss of a process ends the others within a minute.
+_HEARTBEAT_SECONDS = flags.DEFINE_integer(
+  'heartbeat_seconds', 45, 'How long one of several processes may be silent before all are ended.'
+)
 
 
 def main():
@@ -51,7 +55,7 @@ def main():
   processes = distributed.Processes(
     _DISTRIBUTED.value, _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
-  distributed.initialize(processes, os.environ)
+  distributed.initialize(processes, os.environ, heartbeat_seconds=_HEARTBEAT_SECONDS.value)
   name = command_line.run_name(config_flags.get_config_filename(flags.FLAGS['config']))
   summary = loop.train_and_evaluate(
     experiment, _WORKDIR.value or f'runs/{name}', profile_steps=_PROFILE_STEPS.value

@@ -47,23 +47,75 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     ConfigError: the axes do not multiply to the device count.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = {name: getattr(config, name) for name in MESH_AXES}
-  others = 1
-  for name, size in sizes.items():
-    others *= 1 if name == 'data' else size
-  if sizes['data'] is None:
-    sizes['data'] = max(len(devices) // others, 1)
-  if sizes['data'] * others != len(devices):
-    axes = ' * '.join(f'{name} {size}' for name, size in sizes.items() if size > 1) or '1'
-    raise ConfigError(
-      f'config.mesh: {axes} does not make the number of devices, {len(devices)}; '
-      'leave mesh.data unset and the other axes must divide that number'
-    )
+  sizes = mesh_sizes(config, len(devices))
   # jax.make_mesh would stop where an axis is a part of a torus' side, as 2 is of 4.
   laid_out = mesh_utils.create_device_mesh(
     tuple(sizes.values()), devices, allow_split_physical_axes=True
   )
   return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def abstract_mesh(config: MeshConfig, num_devices: int | None = None) -> AbstractMesh:
+  """Returns the mesh of `config` without devices: layouts can be named on it, and bytes counted.
+
+  Args:
+    config: Sizes of the axes.
+    num_devices: How many there are to be; if None, as many as the axes that are set need.
+
+  Raises:
+    ConfigError: as `make_mesh`.
+  """
+  if num_devices is None:
+    num_devices = math.prod(getattr(config, name) or 1 for name in MESH_AXES)
+  sizes = mesh_sizes(config, num_devices)
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=types)
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+  """Returns the devices along each axis; `data` takes what the others leave, if it is not set.
+
+  Raises:
+    ConfigError: the axes do not multiply to the device count; the message has what would.
+  """
+  sizes = {name: getattr(config, name) for name in MESH_AXES}
+  others = math.prod(size for name, size in sizes.items() if name != 'data')
+  axes = ' * '.join(f'{name} {size}' for name, size in sizes.items() if size and size > 1)
+  if sizes['data'] is None:
+    sizes['data'] = num_devices // others
+  if sizes['data'] * others != num_devices:
+    raise ConfigError(
+      f'config.mesh: {axes or 1} does not make the number of devices, {num_devices}; '
+      f'{_sizes_that_do(config, num_devices)}'
+    )
+  return sizes
+
+
+def _sizes_that_do(config: MeshConfig, num_devices: int) -> str:
+  """Returns what each axis of a mesh that does not fit could be, if the others stay."""
+  sizes = {name: getattr(config, name) or 1 for name in MESH_AXES}
+  options = []
+  for name, size in sizes.items():
+    left, rest = divmod(num_devices, math.prod(sizes.values()) // size)
+    is_set = config.data is not None if name == 'data' else size > 1
+    if is_set and not rest:
+      options.append(f'{name} {one_of([left] if config.data else divisors(left))}')
+      if name == 'data':
+        options.append('mesh.data left unset')
+  if not options:
+    product = [num_devices] if config.data else divisors(num_devices)
+    return f'the product must be {one_of(product)}'
+  return f'{", or ".join(options)} would'
+
+
+def divisors(number: int) -> list[int]:
+  return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def one_of(numbers: list[int]) -> str:
+  """Returns '1, 2 or 4'."""
+  *most, last = map(str, numbers)
+  return f'{", ".join(most)} or {last}' if most else last
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

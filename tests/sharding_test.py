@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from ssm_moe import sharding
 from ssm_moe.analysis import chips
-from ssm_moe.config import MeshConfig
+from ssm_moe.config import ConfigError, MeshConfig
 from tests import tpu
 
 
@@ -52,3 +52,34 @@ def test_an_axis_may_be_a_part_of_a_side_of_the_slice(topology):
     'expert': 4,
     'tensor': 2,
   }
+
+
+@pytest.mark.parametrize(
+  ('axes', 'message'),
+  [
+    ({'tensor': 3}, 'tensor 3 does not make the number of devices, 8; tensor 1, 2, 4 or 8 would'),
+    ({'tensor': 3, 'expert': 2}, 'expert 2 * tensor 3 .*; tensor 1, 2 or 4 would'),
+    ({'tensor': 4, 'fsdp': 4}, 'fsdp 4 * tensor 4 .*; fsdp 1 or 2, or tensor 1 or 2 would'),
+    ({'tensor': 3, 'expert': 5}, '; the product must be 1, 2, 4 or 8'),
+    ({'data': 4, 'tensor': 4}, '; data 2, or mesh.data left unset, or tensor 2 would'),
+    ({'data': 3, 'tensor': 5}, '; the product must be 8'),
+    ({'data': 1}, ': 1 does not .*; data 8, or mesh.data left unset would'),
+  ],
+)
+def test_a_mesh_that_does_not_fit_says_what_would(axes, message):
+  with pytest.raises(ConfigError, match=f'{message.replace("* ", "[*] ")}$'):
+    sharding.make_mesh(MeshConfig(**axes))
+
+
+def test_every_choice_that_is_named_makes_a_mesh():
+  for axes in ({'tensor': 3}, {'tensor': 4, 'fsdp': 4}, {'data': 4, 'tensor': 4}):
+    with pytest.raises(ConfigError) as error:
+      sharding.mesh_sizes(MeshConfig(**axes), 8)
+    choices = str(error.value).partition('; ')[2].removesuffix(' would').split(', or ')
+    for choice in choices:
+      if choice == 'mesh.data left unset':
+        sharding.mesh_sizes(MeshConfig(**axes | {'data': None}), 8)
+        continue
+      name, *sizes = choice.replace(',', '').replace(' or', '').split()
+      for size in sizes:
+        assert sharding.mesh_sizes(MeshConfig(**axes | {name: int(size)}), 8)[name] == int(size)

@@ -110,7 +110,8 @@ def _of_one_device(config: ModelConfig, mesh: jax.sharding.Mesh, tokens: int) ->
 def _mamba2_share(config: ModelConfig, shares: int) -> Any:
   mamba2 = config.mamba2
   heads = mamba2.num_heads(config.d_model)
-  if heads % shares or (heads // shares) % mamba2.num_groups:
+  # A small model without Mamba-2 may have no room for a head of it.
+  if not heads or heads % shares or (heads // shares) % mamba2.num_groups:
     return mamba2
   return dataclasses.replace(mamba2, d_inner=heads // shares * mamba2.head_dim)
 

@@ -352,6 +352,8 @@ def _saving(folder: pathlib.Path) -> Iterator[None]:
 def _reason(error: Exception) -> str:
   if isinstance(error, manifest_lib.DamagedError):
     return str(error)
+  if isinstance(error, TimeoutError) and jax.process_count() > 1:  # of a barrier, it may be at once
+    return 'another process has not done its part, or is gone'
   # TensorStore buries the number in a message of several hundred letters.
   number = re.search(r"os_error_code='(\d+)'", str(error))
   if number or (isinstance(error, OSError) and error.errno):

@@ -8,9 +8,11 @@ With one process nothing here talks to anyone.
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -22,10 +24,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ssm_moe.errors import UserError
+from ssm_moe.training import last_line
 from ssm_moe.training.signals import StopSignals
 
-# How long a process that ends waits for the others to end: so long does a failure of one alone, in
-# the middle of training, take to end them all.
+# How long a process that ends waits for the others to end, if it is not less than a heartbeat: so
+# long does a failure of one alone, in the middle of training, take to end them all.
 _SHUTDOWN_SECONDS = 30
 # How long process 0 may start after the others.
 _CONNECT_SECONDS = 300
@@ -55,7 +58,7 @@ class Processes(NamedTuple):
   process_id: int | None = None
 
 
-def initialize(flags: Processes, environment: Mapping[str, str]) -> None:
+def initialize(flags: Processes, environment: Mapping[str, str], *, heartbeat_seconds: int) -> None:
   """Joins the other processes, if there are any. To be called before JAX knows its devices.
 
   There are several if the flags name them, if `distributed` is True (JAX then asks the metadata
@@ -63,10 +66,18 @@ def initialize(flags: Processes, environment: Mapping[str, str]) -> None:
   a SLURM step of several tasks, or the list of hosts that Kubernetes gives a TPU slice. Only this
   last part is automatic, because it needs no network: a metadata server can only be asked.
 
+  Args:
+    flags: Who the processes are.
+    environment: Variables of this process.
+    heartbeat_seconds: A process that has been silent for so long counts as dead, and the others are
+      ended; no step, compilation or save makes a process silent.
+
   Raises:
     DistributedError: the flags do not fit together, or the others cannot be reached.
   """
   named = check(flags)
+  if heartbeat_seconds < 1:
+    raise DistributedError(f'--heartbeat_seconds={heartbeat_seconds}: it must be at least 1')
   if not (named or flags.distributed or (flags.distributed is None and detect(environment))):
     return
   # JAX's own handler of SIGTERM would take the signal from those who save and clean up.
@@ -78,12 +89,21 @@ def initialize(flags: Processes, environment: Mapping[str, str]) -> None:
     if flags.process_id:
       _wait_for_first(flags.coordinator_address)
   try:
-    jax.distributed.initialize(**arguments, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+    jax.distributed.initialize(
+      **arguments,
+      heartbeat_timeout_seconds=heartbeat_seconds,
+      shutdown_timeout_seconds=min(_SHUTDOWN_SECONDS, heartbeat_seconds),
+    )
   except (ValueError, RuntimeError, OSError) as error:
     reason = str(error).partition('\n')[0]
     if not named:
       reason += '; give --coordinator_address, --num_processes and --process_id'
     raise DistributedError(f'the processes cannot be joined: {reason}') from error
+  last_line.leave(
+    f'{os.path.basename(sys.argv[0])}: process {jax.process_index()} of {jax.process_count()} was '
+    'killed, or ended because another is gone; the same command goes on from the last checkpoint, '
+    'with fewer processes too'
+  )
 
 
 def _wait_for_first(address: str, seconds: float = _CONNECT_SECONDS) -> None:

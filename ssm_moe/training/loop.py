@@ -25,6 +25,7 @@ from ssm_moe.training import profile as profile_lib
 from ssm_moe.training import step as step_lib
 from ssm_moe.training import workdir as workdir_lib
 from ssm_moe.training.checkpoint import Checkpointer
+from ssm_moe.training.mesh_checks import check_fits
 from ssm_moe.training.metrics import MetricsLogger, read_metrics
 from ssm_moe.training.optimizer import make_schedule
 from ssm_moe.training.program import Program
@@ -65,7 +66,7 @@ def train_and_evaluate(
   distributed.check_same(config=_digest(config), workdir=str(workdir))
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
-  _check_batch(config, mesh)
+  check_fits(config, mesh)
   lm.check_causal(config.model, 'evaluation')
   with (
     workdir_lib.held(workdir),
@@ -144,8 +145,11 @@ class _Run:
     except jax.errors.JaxRuntimeError as error:
       if jax.process_count() == 1:
         raise
-      # Most often another process is gone, and has told why; here it is a broken connection.
-      raise TrainingError(f'step {progress.step}: {str(error).splitlines()[0]}') from error
+      # Here it is most often a broken connection.
+      raise TrainingError(
+        f'step {progress.step}: {str(error).splitlines()[0]}; if another process is gone, the same '
+        'command goes on from the last checkpoint, with fewer processes too'
+      ) from error
     if summary is None:
       self._checkpointer.wait()
       self._metrics.say(
@@ -342,23 +346,6 @@ class _Run:
     if routing.expert_load:
       row |= {'auxiliary_loss': metrics.auxiliary_loss} | routing.row()
     self._metrics.write(row, **routing.loads())
-
-
-def _check_batch(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> None:
-  train, devices = config.train, sharding.batch_divisor(mesh)
-  rows = train.batch_size // train.accumulation_steps
-  if rows % devices:
-    raise ConfigError(
-      f'config.train.batch_size is {train.batch_size} in {train.accumulation_steps} parts; each '
-      f'must be a multiple of the {devices} devices of the mesh that rows are split over'
-    )
-  tokens = rows * train.sequence_length
-  for name, routing in config.model.routings().items():
-    if tokens % routing.router_groups:
-      raise ConfigError(
-        f'config.model.{name}.router_groups is {routing.router_groups}; it must divide the '
-        f'{tokens} tokens routed together'
-      )
 
 
 def _open_data(

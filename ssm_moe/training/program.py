@@ -23,6 +23,7 @@ class Program:
     state_shardings: Layout of each array of a `TrainState`.
     template: A `TrainState` of shapes with their layouts.
     batch_template: Likewise a batch.
+    logical_axes: A `TrainState` of the logical axes of each array.
   """
 
   def __init__(self, config: ExperimentConfig, mesh: jax.sharding.Mesh):
@@ -31,6 +32,7 @@ class Program:
     self._seed = config.train.seed
     boxed = jax.eval_shape(self._init, jax.random.key(0))
     self.state_shardings = step_lib.state_shardings(mesh, boxed)
+    self.logical_axes = nn.get_partition_spec(boxed)
     self.template = jax.tree.map(
       lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
       nn.unbox(boxed),

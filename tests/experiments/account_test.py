@@ -63,6 +63,27 @@ def test_a_mistake_is_one_line():
   assert 'num_periods' in line
 
 
+def test_the_layout_on_a_mesh_of_the_config():
+  result = _run('--config=experiments/configs/quickstart.py', '--config.mesh.fsdp=2', '--layout')
+  assert (result.returncode, result.stderr) == (0, '')
+  *table, last = result.stdout.splitlines()
+  (line,) = (line for line in table if line.startswith('  embedding'))
+  assert ' '.join(line.split()) == 'embedding 257 x 128 float32 vocab, embed -, fsdp 65,792'
+  totals = json.loads(last)
+  assert totals['mesh'] == {'data': 1, 'fsdp': 2, 'expert': 1, 'tensor': 1, 'sequence': 1}
+  kinds = totals['bytes_per_device']
+  assert kinds.pop('sum') == sum(kinds.values())
+  moments = next(line for line in table if 'are moments' in line)
+  # The counts of steps besides.
+  assert moments.endswith(f'as their parameters: {kinds["optimizer"] - 8:,} bytes per device.')
+
+
+def test_a_mesh_that_cannot_be_is_one_line():
+  result = _run('--config=experiments/configs/quickstart.py:mamba', '--layout', '--num_devices=0')
+  assert (result.returncode, result.stdout) == (2, '')
+  assert result.stderr == 'account.py: --num_devices is 0; it must be at least 1\n'
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
   command = f'{sys.executable} experiments/account.py --config=experiments/configs/quickstart.py'
   environment = os.environ | {'PYTHONPATH': str(ROOT)}

@@ -56,6 +56,10 @@ class TestFlags:
       distributed.check(NAMED._replace(**change))
     assert '\n' not in str(error.value) and error.value.exit_status == 2
 
+  def test_a_heartbeat_that_cannot_be(self):
+    with pytest.raises(UserError, match=r'^--heartbeat_seconds=0: it must be at least 1'):
+      distributed.initialize(NAMED, {}, heartbeat_seconds=0)
+
   @pytest.mark.parametrize(
     ('environment', 'several'),
     [
@@ -84,9 +88,11 @@ class TestFlags:
       assert '\n' not in str(error.value) and error.value.exit_status == 2
 
   def test_one_process_stays_alone(self):
-    distributed.initialize(distributed.Processes(), {})
+    distributed.initialize(distributed.Processes(), {}, heartbeat_seconds=45)
     distributed.initialize(
-      distributed.Processes(distributed=False), {'TPU_WORKER_HOSTNAMES': 'a,b'}
+      distributed.Processes(distributed=False),
+      {'TPU_WORKER_HOSTNAMES': 'a,b'},
+      heartbeat_seconds=45,
     )
     assert not jax.distributed.is_initialized()
 
@@ -135,7 +141,7 @@ from ssm_moe.errors import UserError
 from ssm_moe.training import distributed
 
 address, process = sys.argv[1], int(sys.argv[2])
-distributed.initialize(distributed.Processes(None, address, 2, process), {})
+distributed.initialize(distributed.Processes(None, address, 2, process), {}, heartbeat_seconds=45)
 seen = {}
 
 # Rows that are not contiguous: the devices of the two processes alternate.
@@ -190,22 +196,18 @@ print(json.dumps(seen))
 """
 
 
-def _environment(**more):
+def _environment(devices):
   cache = os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(ROOT / '.jax_cache')
-  return (
-    os.environ
-    | {
-      'PYTHONPATH': str(ROOT),
-      'PYTHONDONTWRITEBYTECODE': '1',
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_NUM_CPU_DEVICES': '2',
-      'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
-      'JAX_COMPILATION_CACHE_DIR': cache,
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
-      'TPU_SKIP_MDS_QUERY': '1',
-    }
-    | more
-  )
+  return os.environ | {
+    'PYTHONPATH': str(ROOT),
+    'PYTHONDONTWRITEBYTECODE': '1',
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': str(devices),
+    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+    'JAX_COMPILATION_CACHE_DIR': cache,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
+    'TPU_SKIP_MDS_QUERY': '1',
+  }
 
 
 def _free_address():
@@ -215,36 +217,36 @@ def _free_address():
 
 
 @contextlib.contextmanager
-def _pair(folder, command):
-  """Starts two processes; `command` gives the arguments of each."""
+def _start(folder, command, count=2, devices=2):
+  """Starts processes of so many devices each; `command` gives the arguments of each."""
   address = _free_address()
-  pair = [
+  processes = [
     subprocess.Popen(
       [sys.executable, *command(address, str(process))],
       cwd=folder,
-      env=_environment(),
+      env=_environment(devices),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
     )
-    for process in range(2)
+    for process in range(count)
   ]
   try:
-    yield pair
+    yield processes
   finally:
-    for process in pair:
+    for process in processes:
       process.kill()
       process.communicate()
 
 
-def _finish(pair):
+def _finish(processes, timeout=120):
   """Returns exit status, lines of standard output, and standard error of each.
 
   Gloo writes lines of its own on standard output when it connects, from several threads at once.
   """
   ends = []
-  for process in pair:
-    output, errors = process.communicate(timeout=120)
+  for process in processes:
+    output, errors = process.communicate(timeout=timeout)
     ends.append((process.returncode, output.splitlines(), errors))
   return ends
 
@@ -257,7 +259,7 @@ def _is_silent(lines):
 @pytest.mark.slow
 def test_what_happens_in_one_process_is_known_to_both(tmp_path):
   (tmp_path / 'together.py').write_text(TOGETHER)
-  with _pair(tmp_path, lambda *arguments: ['together.py', *arguments]) as pair:
+  with _start(tmp_path, lambda *arguments: ['together.py', *arguments]) as pair:
     ends = _finish(pair)
   assert [status for status, *_ in ends] == [0, 0], ends
   first, second = (json.loads(lines[-1]) for _, lines, _ in ends)
@@ -289,13 +291,45 @@ def test_what_happens_in_one_process_is_known_to_both(tmp_path):
   assert second['first_fails'] == ['UserError', 'process 0: [Errno 28] disk full', 1]
 
 
+# Process 1 goes silent, as a host does that loses its network; process 0 waits for it in a
+# collective that never notices.
+SILENT = """
+import os, signal, sys
+from ssm_moe.training import distributed
+
+address, process = sys.argv[1], int(sys.argv[2])
+distributed.initialize(distributed.Processes(None, address, 2, process), {}, heartbeat_seconds=4)
+distributed.check_same(seed=1)
+print('together', flush=True)
+if process == 1:
+  os.kill(os.getpid(), signal.SIGSTOP)
+distributed.check_same(seed=1)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_falls_silent_ends_the_other(tmp_path):
+  (tmp_path / 'silent.py').write_text(SILENT)
+  with _start(tmp_path, lambda *arguments: ['silent.py', *arguments]) as (first, _):
+    while first.stdout.readline() not in ('together\n', ''):
+      pass
+    start = time.monotonic()
+    _, errors = first.communicate(timeout=60)
+    # So many heartbeats, and what the machine does besides.
+    assert time.monotonic() - start < 30
+  assert first.returncode == -signal.SIGABRT, errors
+  (line,) = (line for line in errors.splitlines() if line.startswith('silent.py: '))
+  assert line.startswith('silent.py: process 0 of 2 was killed, or ended because another is gone; ')
+
+
 CONFIG = """
 from ssm_moe import config as config_lib
 
-def get_config():
+def get_config(pattern='M'):
   config = config_lib.defaults()
-  config.model.update(d_model=8, num_periods=2)
+  config.model.update(vocab_size=264, d_model=8, num_periods=2, pattern=pattern)
   config.model.mamba.d_state = 4
+  config.model.moe.update(num_experts=4, d_ff=16, router_groups=4)
   config.data.update(train=({text!r},), valid=({text!r},), carry_state=True)
   config.optimizer.update(schedule='constant', warmup_fraction=0.0)
   config.train.update(
@@ -314,69 +348,45 @@ def folder(tmp_path_factory):
   return folder
 
 
-def _train(folder, workdir, *arguments):
+def _train(folder, workdir, *arguments, pattern='M', count=2, devices=2):
   def command(address, process):
     return [
       str(ROOT / 'experiments' / 'train.py'),
-      '--config=small.py',
+      f'--config=small.py:{pattern}',
       f'--workdir={workdir}',
       f'--coordinator_address={address}',
-      '--num_processes=2',
+      f'--num_processes={count}',
       f'--process_id={process}',
       *arguments,
     ]
 
-  return _pair(folder, command)
+  return _start(folder, command, count, devices)
 
 
-def _on_one_process(folder, workdir, **axes):
-  """The same run on four devices of this process; returns its config and summary."""
-  values = runpy.run_path(str(folder / 'small.py'))['get_config']()
+def _on_one_process(folder, workdir, pattern='M', devices=4, **axes):
+  """The same run on devices of this process; returns its config and summary."""
+  values = runpy.run_path(str(folder / 'small.py'))['get_config'](pattern)
   values.mesh.update(**axes)
   config = from_config_dict(values)
   make_mesh = sharding.make_mesh
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.sharding, 'make_mesh', lambda mesh: make_mesh(mesh, jax.devices()[:4]))
+    patch.setattr(loop.sharding, 'make_mesh', lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
     return config, loop.train_and_evaluate(config, workdir)
 
 
-def _last_row(workdir):
+def _wait_for_row(workdir, step, process):
+  """Waits until the row of a step is written, or the process has ended."""
   path = workdir / 'metrics.jsonl'
-  lines = path.read_bytes().split(b'\n')[:-1] if path.exists() else []
-  return json.loads(lines[-1])['step'] if lines else 0
+  until = time.monotonic() + 120
+  while time.monotonic() < until and process.poll() is None:
+    lines = path.read_bytes().split(b'\n')[:-1] if path.exists() else []
+    if lines and json.loads(lines[-1])['step'] >= step:
+      return
+    time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(folder):
-  # Over fsdp each process has half of the rows of a batch and half of most arrays.
-  workdir, mesh = folder / 'two', '--config.mesh.fsdp=4'
-  # A signal to one process alone: both stop after the same step, and it is saved.
-  with _train(folder, 'two', mesh) as pair:
-    until = time.monotonic() + 120
-    while _last_row(workdir) < 3 and time.monotonic() < until and pair[0].poll() is None:
-      time.sleep(0.01)
-    pair[1].send_signal(signal.SIGTERM)
-    (first, output, errors), (second, *other) = _finish(pair)
-  assert (first, second) == (0, 0), errors + other[1]
-  newest = max(small_run.steps(workdir))
-  assert errors.splitlines()[-1].startswith(f'SIGTERM: step {newest} is saved in two; ')
-  assert 3 <= newest == _last_row(workdir) < STEPS
-  # Process 0 alone reports.
-  assert _is_silent(output) and _is_silent(other[0]) and other[1] == ''
-
-  with _train(folder, 'two', mesh, f'--profile_steps={STEPS - 1}:{STEPS + 1}') as pair:
-    (first, output, errors), (second, *other) = _finish(pair)
-  assert (first, second) == (0, 0), errors + other[1]
-  assert _is_silent(other[0]) and other[1] == '' and not _is_silent(output[:-1])
-  assert '4 x cpu, 2 processes' in errors
-  assert f'profile  of steps {STEPS - 1} to {STEPS} is in two/profile' in errors
-  assert len(list((workdir / 'profile').rglob('*.xplane.pb'))) == 1
-  summary = json.loads(output[-1])
-  assert not list(workdir.glob('shared-*')) and not (workdir / 'lock').exists()
-
-  config, expected = _on_one_process(folder, folder / 'one', fsdp=4)
-  assert summary.keys() == expected.keys() and summary['final_step'] == STEPS
-  rows, expected_rows = small_run.rows(workdir), small_run.rows(folder / 'one')
+def _assert_same_losses(workdir, expected_workdir):
+  rows, expected_rows = small_run.rows(workdir), small_run.rows(expected_workdir)
   assert [row.keys() for row in rows] == [row.keys() for row in expected_rows]
   for key in ('train_loss', 'valid_loss'):
     losses, expected_losses = (
@@ -384,16 +394,88 @@ def test_two_processes_train_as_one(folder):
     )
     tolerances.assert_close(losses, expected_losses, rtol=tolerances.FLOAT32_REORDERED)
 
-  # What two processes saved, one restores, on a mesh of its own.
+
+@pytest.mark.slow
+def test_four_processes_and_then_two_train_as_one(folder):
+  # Over fsdp each process has its share of the rows of a batch and of most arrays.
+  workdir, mesh = folder / 'several', '--config.mesh.fsdp=4'
+  # A signal to one process alone: all stop after the same step, and it is saved.
+  with _train(folder, 'several', mesh, count=4, devices=1) as four:
+    _wait_for_row(workdir, 6, four[0])
+    four[3].send_signal(signal.SIGTERM)
+    (first, output, errors), *others = _finish(four)
+  assert (first, *(status for status, *_ in others)) == (0, 0, 0, 0), errors
+  newest = max(small_run.steps(workdir))
+  assert errors.splitlines()[-1].startswith(f'SIGTERM: step {newest} is saved in several; ')
+  assert 6 <= newest == small_run.rows(workdir)[-1]['step'] < STEPS
+  # Process 0 alone reports.
+  assert _is_silent(output)
+  assert all(_is_silent(lines) and told == '' for _, lines, told in others)
+
+  with _train(folder, 'several', mesh, f'--profile_steps={STEPS - 1}:{STEPS + 1}') as pair:
+    (first, output, errors), (second, *other) = _finish(pair)
+  assert (first, second) == (0, 0), errors + other[1]
+  assert _is_silent(other[0]) and other[1] == '' and not _is_silent(output[:-1])
+  assert '4 x cpu, 2 processes' in errors and f'{newest} done of {STEPS}' in errors
+  assert f'profile  of steps {STEPS - 1} to {STEPS} is in several/profile' in errors
+  assert len(list((workdir / 'profile').rglob('*.xplane.pb'))) == 1
+  summary = json.loads(output[-1])
+  assert not list(workdir.glob('shared-*')) and not (workdir / 'lock').exists()
+
+  config, expected = _on_one_process(folder, folder / 'one', fsdp=4)
+  assert summary.keys() == expected.keys() and summary['final_step'] == STEPS
+  _assert_same_losses(workdir, folder / 'one')
+
+  # What several processes saved, one restores, on a mesh of its own.
   config = dataclasses.replace(config, mesh=MeshConfig())
   (state, metadata), (expected_state, expected_metadata) = (
-    small_run.arrays(config, folder / name) for name in ('two', 'one')
+    small_run.arrays(config, folder / name) for name in ('several', 'one')
   )
   assert metadata.keys() == expected_metadata.keys() and metadata['step'] == STEPS
   assert state.step == expected_state.step
   # Twenty steps of Adam on gradients that differ by a rounding.
   rtol = STEPS * tolerances.FLOAT32_REORDERED
   tolerances.assert_close(state.params, expected_state.params, rtol=rtol)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize('killed', [0, 2])
+def test_when_one_of_four_is_killed_two_go_on(folder, killed):
+  name, mesh = f'killed_{killed}', '--config.mesh.fsdp=4'
+  with _train(folder, name, mesh, count=4, devices=1) as four:
+    _wait_for_row(folder / name, 7, four[0])
+    four[killed].kill()
+    start = time.monotonic()
+    ends = _finish(four)
+    assert time.monotonic() - start < 60
+  for process, (status, output, errors) in enumerate(ends):
+    assert (status == -signal.SIGKILL) if process == killed else status, errors
+    (line,) = (line for line in errors.splitlines() if line.startswith('train.py: '))
+    assert 'the same command goes on from the last checkpoint' in line and _is_silent(output)
+  kept = [int(path.name) for path in (folder / name / 'checkpoints').iterdir() if not path.suffix]
+  assert 5 <= max(kept) < STEPS
+
+  with _train(folder, name, mesh) as pair:
+    ends = _finish(pair)
+  assert [status for status, *_ in ends] == [0, 0], ends
+  assert f'{max(kept)} done of {STEPS}' in ends[0][2]
+  _on_one_process(folder, folder / f'never_{name}', fsdp=4)
+  _assert_same_losses(folder / name, folder / f'never_{name}')
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(
+  ('pattern', 'axes'),
+  [('M E', {'expert': 4, 'fsdp': 2}), ('M', {'tensor': 8}), ('M', {'tensor': 2, 'fsdp': 4})],
+)
+def test_axes_between_four_processes(folder, pattern, axes):
+  name = '_'.join(f'{axis}_{size}' for axis, size in axes.items())
+  mesh = [f'--config.mesh.{axis}={size}' for axis, size in axes.items()]
+  with _train(folder, name, *mesh, pattern=pattern, count=4, devices=2) as four:
+    ends = _finish(four, timeout=200)
+  assert [status for status, *_ in ends] == [0] * 4, ends
+  _on_one_process(folder, folder / f'{name}_one', pattern, devices=8, **axes)
+  _assert_same_losses(folder / name, folder / f'{name}_one')
 
 
 @pytest.mark.slow

@@ -229,6 +229,17 @@ def stop_in_evaluation(monkeypatch):
   return arm
 
 
+def _stop_in(monkeypatch, owner, name):
+  """Sends SIGTERM to this process in the middle of the method's next call."""
+  original = getattr(owner, name)
+
+  def method(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args, **kwargs)
+
+  monkeypatch.setattr(owner, name, method)
+
+
 class TestStopped:
   def test_by_signals_at_any_step(self, whole, tmp_path, monkeypatch, stop_at, capfd):
     # One batch is asked for ahead: the first signal comes in step 1, before a row was due; the
@@ -263,6 +274,25 @@ class TestStopped:
       assert max(small_run.steps(workdir)) == step
       assert small_run.rows(workdir)[-1].keys() & {'train_loss', 'valid_loss'} == {'train_loss'}
       assert f'SIGTERM: step {step} is saved' in capfd.readouterr().err
+    small_run.run(config, workdir)
+    _assert_equal(config, workdir, whole)
+
+  def test_while_it_warms_up(self, whole, tmp_path, monkeypatch, capfd):
+    # However early the notice comes, a step is done and saved after it, unless an evaluation is to
+    # be made up for: the last notice comes in the first batch of that of step 3.
+    config, _, _ = whole
+    workdir = tmp_path / 'run'
+    for owner, name, step in (
+      (small_run.Program, 'init_state', 1),
+      (loop.Checkpointer, 'restore', 2),
+      (small_run.Program, 'compile_train_step', 3),
+      (small_run.Program, 'put', 3),
+    ):
+      _stop_in(monkeypatch, owner, name)
+      assert small_run.run(config, workdir) is None
+      monkeypatch.undo()
+      assert max(small_run.steps(workdir)) == step
+      assert f'SIGTERM: step {step} is saved in {workdir}' in capfd.readouterr().err
     small_run.run(config, workdir)
     _assert_equal(config, workdir, whole)
 

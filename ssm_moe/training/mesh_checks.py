@@ -1,0 +1,43 @@
+"""Whether an experiment fits a mesh: what has to divide is checked before anything is written.
+
+What need not divide, such as the vocabulary over `tensor`, is whole on every device instead.
+"""
+
+import math
+
+from jax.sharding import AbstractMesh, Mesh
+
+from ssm_moe import sharding
+from ssm_moe.config import ConfigError, ExperimentConfig
+
+
+def check_fits(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
+  """Checks the rows of a batch, the router groups and the experts.
+
+  Raises:
+    ConfigError: something does not divide; the message has values that would.
+  """
+  train, devices = config.train, sharding.batch_divisor(mesh)
+  rows = train.batch_size // train.accumulation_steps
+  if rows % devices:
+    multiple = devices * train.accumulation_steps
+    below = train.batch_size // multiple * multiple
+    sizes = sharding.one_of([size for size in (below, below + multiple) if size])
+    raise ConfigError(
+      f'config.train.batch_size is {train.batch_size} in {train.accumulation_steps} parts; each '
+      f'must be a multiple of the {devices} devices of the mesh that rows are split over, as with '
+      f'{sizes}'
+    )
+  tokens = rows * train.sequence_length
+  for name, routing in config.model.routings().items():
+    if tokens % routing.router_groups:
+      raise ConfigError(
+        f'config.model.{name}.router_groups is {routing.router_groups}; it must divide the '
+        f'{tokens} tokens routed together'
+      )
+    if routing.num_experts % mesh.shape['expert']:
+      sizes = sharding.divisors(math.gcd(routing.num_experts, mesh.size))
+      raise ConfigError(
+        f'config.mesh.expert is {mesh.shape["expert"]}, which does not divide the '
+        f'{routing.num_experts} experts of config.model.{name}; {sharding.one_of(sizes)} would'
+      )

@@ -84,7 +84,8 @@ def write_profile(name: str, lowered: jax.stages.Lowered, state: Any, batch: Any
 def benchmark(name: str, experiment: ExperimentConfig) -> dict[str, Any]:
   """Checks, times, prints and returns the record of a model."""
   earlier_peak = steps_lib.device_peak_bytes()
-  program = Program(experiment, sharding.make_mesh(experiment.mesh))
+  mesh = sharding.make_mesh(experiment.mesh)
+  program = Program(experiment, mesh)
   numbers = steps_lib.synthetic_batch(experiment, seed=0)
   batch = program.put(numbers)
   lowered = program.lower_train_step(program.template, program.batch_template)
@@ -119,7 +120,8 @@ def benchmark(name: str, experiment: ExperimentConfig) -> dict[str, Any]:
   rate = account['flops_per_token_train'] * record.tokens_per_second
   loads = [aux.expert_load for aux in metrics[-1].aux.values()]
   more = {
-    'mfu': rate / (1e12 * _PEAK.value),
+    'first_loss': float(metrics[0].loss),
+    'mfu': rate / (1e12 * _PEAK.value * mesh.size),
     'mfu_peak_tflops': _PEAK.value,
     'device_peak_bytes': device_peak,
     'active_params': account['active_params'],

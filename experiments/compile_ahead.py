@@ -22,6 +22,7 @@ from ssm_moe.config import ConfigError
 from ssm_moe.errors import UserError
 from ssm_moe.models import accounting, lm
 from ssm_moe.ops import implementation
+from ssm_moe.training import mesh_checks
 from ssm_moe.training.program import Program, for_mesh
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -43,11 +44,14 @@ def main():
     raise UserError('--topology is missing; give a chip and the shape of a slice, such as v5e:4x4')
   train, chip = experiment.train, chips.chip_of(_TOPOLOGY.value)
   mesh = sharding.make_mesh(experiment.mesh, chips.devices(_TOPOLOGY.value))
-  rows = train.batch_size // train.accumulation_steps
-  parts = f' in {train.accumulation_steps} parts' if train.accumulation_steps > 1 else ''
-  _check_rows(f'config.train.batch_size is {train.batch_size}{parts}', rows, mesh)
+  mesh_checks.check_fits(experiment, mesh)
   decode_batch = train.batch_size if _DECODE_BATCH.value is None else _DECODE_BATCH.value
-  _check_rows(f'--decode_batch is {decode_batch}', decode_batch, mesh)
+  devices = sharding.batch_divisor(mesh)
+  if decode_batch <= 0 or decode_batch % devices:
+    raise UserError(
+      f'--decode_batch is {decode_batch}; it must be a multiple of the {devices} devices of the '
+      'mesh that rows are split over'
+    )
 
   account = accounting.account(experiment.model, train.sequence_length)
   with implementation.compiling_for('tpu'):
@@ -71,15 +75,6 @@ def main():
     raise _DoesNotFit(
       f'the training step does not fit: it takes about {needed:.1f} GiB on each device, and '
       f'{chip.name} has {there:.0f} GiB; try {memory.remedy(experiment, mesh, bytes_by_kind)}'
-    )
-
-
-def _check_rows(what: str, rows: int, mesh: jax.sharding.Mesh) -> None:
-  devices = sharding.batch_divisor(mesh)
-  if rows <= 0 or rows % devices:
-    raise ConfigError(
-      f'{what}; each must be a multiple of the {devices} devices of the mesh that rows are split '
-      'over'
     )
 
 

@@ -1,6 +1,7 @@
 """Configs by name on a command line that has several of them."""
 
 import ast
+import dataclasses
 import pathlib
 import runpy
 from collections.abc import Iterable
@@ -54,9 +55,13 @@ def load(flag: str, name: str, overrides: Iterable[str], *, rows: pathlib.Path) 
 
 
 def shape_of(experiment: ExperimentConfig) -> str:
-  """Returns the sizes of a model and its batch, for people."""
+  """Returns the sizes of a model, its batch and its mesh, for people."""
   model, train = experiment.model, experiment.train
-  return (
-    f'{model.num_periods} x ({model.pattern}), M {model.d_model}, V {model.vocab_size}, '
-    f'B {train.batch_size}, L {train.sequence_length}'
+  sizes = dataclasses.asdict(experiment.mesh)
+  return ', '.join(
+    [
+      f'{model.num_periods} x ({model.pattern}), M {model.d_model}, V {model.vocab_size}',
+      f'B {train.batch_size}, L {train.sequence_length}',
+      *(f'{axis} {size}' for axis, size in sizes.items() if size is not None and size > 1),
+    ]
   )

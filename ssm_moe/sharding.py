@@ -21,6 +21,7 @@ BATCH_AXES = ('data', 'fsdp', 'expert')
 # on every device. d_inner goes over `tensor`, because every channel of an SSM is independent.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ('batch', BATCH_AXES),
+  ('sequence', 'sequence'),  # time, of activations
   ('vocab', 'tensor'),
   ('embed', 'fsdp'),
   ('inner', 'tensor'),
@@ -133,9 +134,20 @@ def axis_size(name: str) -> int:
   return 1 if mesh.empty or name not in mesh.shape else mesh.shape[name]
 
 
+def constrain_stream(x: jax.Array) -> jax.Array:
+  """Lays out what has the model's width last, [B, L, M] or [B, M], by its rows and time."""
+  time = ('sequence',) if x.ndim == 3 else ()
+  return constrain(x, 'batch', *time, None)
+
+
 def batch_divisor(mesh: Mesh | AbstractMesh) -> int:
   """Returns the number of devices that rows of a batch are split over."""
   return math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
+def token_divisor(mesh: Mesh | AbstractMesh) -> int:
+  """Returns the number of devices that the tokens of a batch are split over."""
+  return batch_divisor(mesh) * mesh.shape['sequence']
 
 
 def mesh_to_map() -> AbstractMesh | None:
@@ -150,19 +162,20 @@ def mesh_to_map() -> AbstractMesh | None:
 
 
 def mapped_axes(mesh: AbstractMesh) -> tuple[str, ...]:
-  """Returns the axes for `jax.shard_map` around what a device does with its rows by itself.
+  """Returns the axes for `jax.shard_map` around what a device does with its tokens by itself.
 
   Those of size one are among them: with no axis left to the compiler, kernels can run inside.
   """
-  return tuple(n for n in mesh.axis_names if n != 'sequence' or mesh.shape[n] == 1)
+  return tuple(mesh.axis_names)
 
 
 def mapped_rows(mesh: AbstractMesh) -> tuple[str, ...]:
-  """Returns those of them that rows are split over, with all that have size one.
+  """Returns those of them that tokens are split over, with all that have size one.
 
   A layout names the latter too, so that gradients are not summed over them.
   """
-  return tuple(n for n in mapped_axes(mesh) if n in BATCH_AXES or mesh.shape[n] == 1)
+  split = (*BATCH_AXES, 'sequence')
+  return tuple(n for n in mapped_axes(mesh) if n in split or mesh.shape[n] == 1)
 
 
 def mapped_layout(
@@ -199,6 +212,11 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the layout of arrays whose first axis is the batch."""
   return NamedSharding(mesh, nn.logical_to_mesh_axes(('batch',), RULES))
+
+
+def token_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the layout of arrays whose first axes are the batch and time."""
+  return NamedSharding(mesh, nn.logical_to_mesh_axes(('batch', 'sequence'), RULES))
 
 
 def carried_state_sharding(mesh: Mesh) -> NamedSharding:

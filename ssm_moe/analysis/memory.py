@@ -61,8 +61,9 @@ def train_step_bytes(
   train = config.train
   parameters = device_bytes(state.params)
   rows = train.batch_size // train.accumulation_steps // sharding.batch_divisor(mesh)
-  model = _of_one_device(config.model, mesh, rows * train.sequence_length)
-  size = {'rows': rows, 'length': train.sequence_length}
+  length = train.sequence_length // mesh.shape['sequence']
+  model = _of_one_device(config.model, mesh, rows * length)
+  size = {'rows': rows, 'length': length}
   recomputed = 0
   if config.model.remat == 'period':
     one = dataclasses.replace(model, num_periods=1, remat='none')
@@ -153,7 +154,7 @@ def _residual_bytes(config: ModelConfig, sharded_params: Any, *, rows: int, leng
 
 def _loss_bytes(config: ExperimentConfig, mesh: jax.sharding.Mesh, rows: int) -> int:
   """The gradients that the loss makes in its forward pass, and the logits of one chunk."""
-  model, length = config.model, config.train.sequence_length
+  model, length = config.model, config.train.sequence_length // mesh.shape['sequence']
   vocab = -(-model.vocab_size // mesh.shape['tensor'])
   chunk = min(max(config.train.loss_chunk // rows, 1), length) * rows
   itemsize = jnp.dtype(model.dtype).itemsize

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ssm_moe import sharding
 from ssm_moe.config import AttentionConfig
 from ssm_moe.ops import implementation as implementation_lib
 from ssm_moe.shapes import Array, Bool, Float, Int
@@ -166,6 +167,9 @@ class Attention(nn.Module):
       position = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
       angles = rope_angles(position, q.shape[-1], self.attention.rope_theta)
       q, k = rotate(q, angles), rotate(k, angles)
+    if jax.sharding.get_abstract_mesh().shape.get('sequence', 1) > 1:
+      # Queries stay where they are, and see keys of all of time.
+      k, v = (sharding.constrain(part, 'batch', None, 'kv_heads', None) for part in (k, v))
     return q, k, v
 
   def _attend_within(self, q: Array, k: Array, v: Array, document: Array | None) -> Array:

@@ -129,6 +129,8 @@ class _Convolution(nn.Module):
       activation='silu',
       segment_ids=segment_ids,
       state=state,
+      # B and C are whole on every device.
+      channels='inner' if self.axes == ('inner',) else None,
     )
     return y.reshape(x.shape), state
 

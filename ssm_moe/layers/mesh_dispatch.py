@@ -7,8 +7,9 @@ gradients are scattered back. Where experts are split too, either their matrices
 well, or tokens are exchanged: each goes to the device that has its expert, and comes back.
 
 Drops are those of one device. A device has whole router groups, or a group lies on several devices:
-then they tell each other how many tokens want each expert. What the mesh does not split evenly is
-left to the compiler.
+then they tell each other how many tokens want each expert. Earlier tokens of the batch come first,
+also where time is split and a device has a run of tokens of each of its rows. What the mesh does
+not split evenly is left to the compiler.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from ssm_moe import sharding
 from ssm_moe.config import RoutingConfig
 from ssm_moe.layers import dispatch, exchange
+from ssm_moe.layers.token_order import TokenOrder
 from ssm_moe.shapes import Array, Bool, Float, Int
 
 # Of a parameter's axes: the mesh axes that split each.
@@ -39,32 +41,46 @@ def make_plan(
   mask: Bool[Array, 'T'] | None = None,
   drops: bool = True,
   exchange_tokens: bool = False,
+  order: TokenOrder | None = None,
 ) -> dispatch.Plan:
   """Makes the plan that `config.dispatch` names, over the mesh that is traced for, if any.
 
   Args:
-    expert_index: Chosen experts, the best first; tokens are those of row after row of the batch.
+    expert_index: Chosen experts, the best first.
     config: The kind of dispatch and its capacity.
     num_experts: Matrices there are.
     mask: Tokens outside it take no capacity.
     drops: If not, a plan that would drop tokens is made dropless.
     exchange_tokens: Whether tokens go to the devices of their experts, where experts are split;
       else the matrices of all experts are gathered.
+    order: Of the tokens; row after row of the batch if None.
   """
   make = functools.partial(dispatch.make_plan, num_experts=num_experts, drops=drops)
   mesh = sharding.mesh_to_map()
   if mesh is None or config.dispatch == 'dense':
     return make(expert_index, config, mask=mask)
-  shards, num_tokens = sharding.batch_divisor(mesh), expert_index.shape[0]
+  shards, num_tokens = sharding.token_divisor(mesh), expert_index.shape[0]
+  pieces = 1 if order is None else order.pieces
+  run = num_tokens // shards if pieces == 1 else order.run
   dropping = config.dispatch == 'capacity' and drops
-  reason = _indivisible(num_tokens, config.router_groups if dropping else shards, shards)
+  groups = config.router_groups if dropping else 1
+  group = num_tokens // groups if dropping else run
+  dropped = None
+  reason = _indivisible(num_tokens, shards, groups, run)
   if reason is not None:
     _log_once(f'tokens are planned for all devices together: {reason}')
-    return make(expert_index, config, mask=mask)
-  rows = sharding.mapped_rows(mesh)
-  spread = dropping and config.router_groups % shards != 0
+    if pieces == 1:
+      return make(expert_index, config, mask=mask)
+    # In rows they would be on other devices: together they decide what is dropped, and no more.
+    by_rows = order.by_rows((expert_index, mask))
+    dropped = order.from_rows(make(by_rows[0], config, mask=by_rows[1]).dropped)
+    left_out = dropped if mask is None else dropped | ~mask[:, None]
+    expert_index, mask = jnp.where(left_out, num_experts, expert_index), None
+    config = dataclasses.replace(config, dispatch='dropless')
+  spread = dropping and dropped is None and group > run
   if dropping and not spread:
-    config = dataclasses.replace(config, router_groups=config.router_groups // shards)
+    config = dataclasses.replace(config, router_groups=num_tokens // shards // group)
+  rows = sharding.mapped_rows(mesh)
 
   def plan_own_tokens(expert_index, mask):
     if not spread:
@@ -73,13 +89,17 @@ def make_plan(
       expert_index,
       num_experts,
       expert_capacity=dispatch.capacity_of(config, num_tokens),
-      group_devices=shards // config.router_groups,
+      group_runs=group // run,
+      run=run,
+      pieces=pieces,
       rows=rows,
       mask=mask,
     )
 
   spec = PartitionSpec(rows)
   plans = _map_devices(plan_own_tokens, mesh, (spec, spec), spec)(expert_index, mask)
+  if dropped is not None:
+    plans = plans.replace(dropped=dropped)
   experts_split = mesh.shape['expert'] > 1 and num_experts % mesh.shape['expert'] == 0
   return MeshPlan(plans, exchange_tokens and experts_split)
 
@@ -89,7 +109,9 @@ def _plan_part_of_group(
   num_experts: int,
   *,
   expert_capacity: int,
-  group_devices: int,
+  group_runs: int,
+  run: int,
+  pieces: int,
   rows: tuple[str, ...],
   mask: Bool[Array, 'T'] | None,
 ) -> dispatch.SparsePlan:
@@ -101,23 +123,34 @@ def _plan_part_of_group(
     expert_index: Of this device's tokens.
     num_experts: E.
     expert_capacity: C, rows of an expert in a group.
-    group_devices: Devices that a group lies on, one after the other along `rows`.
+    group_runs: Runs of tokens that make a group, one after the other in the rows of the batch.
+    run: Tokens that follow each other there. A device has one or more such runs.
+    pieces: Devices, the last along `rows`, that runs of one row lie on, one on each.
     rows: Mesh axes.
     mask: Tokens outside it take no rows.
   """
-  place, wanted, counts = dispatch.queue(expert_index, num_experts, mask)
-  of_devices = jax.lax.all_gather(counts, rows)
-  device, devices = jax.lax.axis_index(rows), jnp.arange(of_devices.shape[0])
+  top_k = expert_index.shape[1]
+  cut = expert_index.reshape(-1, run, top_k)
+  of_run = functools.partial(dispatch.queue, num_experts=num_experts)
+  if mask is None:
+    place, wanted, counts = jax.vmap(of_run)(cut)
+  else:
+    place, wanted, counts = jax.vmap(lambda i, m: of_run(i, mask=m))(cut, mask.reshape(-1, run))
 
-  def total(which):
-    return jnp.sum(jnp.where(which[:, None, None], of_devices, 0), axis=0)
+  # [devices of a row's pieces, runs, pieces]: in this order the batch has them.
+  runs = jax.lax.all_gather(counts, rows)
+  runs = runs.reshape(-1, pieces, *counts.shape).swapaxes(1, 2)
+  groups = runs.reshape(-1, group_runs, *counts.shape[1:])
+  earlier = jnp.cumsum(groups, axis=1) - groups
+  # First choices, of all runs, come before second choices.
+  of_group = jnp.sum(groups, axis=1, keepdims=True)
+  ahead = (jnp.cumsum(of_group, axis=2) - of_group + earlier).reshape(runs.shape)
+  device = jax.lax.axis_index(rows)
+  ahead = ahead[device // pieces, :, device % pieces]
 
-  in_group = devices // group_devices == device // group_devices
-  of_group, earlier = total(in_group), total(in_group & (devices < device))
-  # First choices, of all devices, come before second choices.
-  ahead = jnp.cumsum(of_group, axis=0) - of_group + earlier
-  chosen = jax.nn.one_hot(expert_index, num_experts, dtype=jnp.int32)
-  kept = wanted & (place + jnp.sum(chosen * ahead[None], axis=2) < expert_capacity)
+  chosen = jax.nn.one_hot(cut, num_experts, dtype=jnp.int32)
+  kept = wanted & (place + jnp.sum(chosen * ahead[:, None], axis=3) < expert_capacity)
+  kept, wanted = kept.reshape(-1, top_k), wanted.reshape(-1, top_k)
   plan = dispatch.dropless_plan(jnp.where(kept, expert_index, num_experts), num_experts)
   return plan.replace(dropped=wanted & ~kept)
 
@@ -254,13 +287,22 @@ def _map_devices(
   )
 
 
-def _indivisible(num_tokens: int, num_groups: int, shards: int) -> str | None:
+def _indivisible(num_tokens: int, shards: int, groups: int, run: int) -> str | None:
+  """Returns why devices cannot plan by themselves.
+
+  Args:
+    num_tokens: T.
+    shards: Devices that they are split over.
+    groups: G; 1 if nothing is dropped.
+    run: Tokens of a device that follow each other in the rows of the batch.
+  """
   if num_tokens % shards:
-    return f'{num_tokens} tokens are no multiple of the {shards} devices that rows are split over'
-  if num_groups % shards and shards % num_groups:
+    return f'{num_tokens} tokens are no multiple of the {shards} devices that they are split over'
+  group = num_tokens // groups
+  if group % run and run % group:
     return (
-      f'router_groups is {num_groups}, neither a multiple nor a divisor of the {shards} devices '
-      'that rows are split over'
+      f'router_groups is {groups}, which makes groups of {group} tokens: neither a multiple nor a '
+      f'divisor of the {run} that a device has of a row'
     )
   return None
 

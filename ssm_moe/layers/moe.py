@@ -10,6 +10,7 @@ from ssm_moe.config import MoEConfig
 from ssm_moe.layers import dispatch, mesh_dispatch
 from ssm_moe.layers.mlp import MLP, activate
 from ssm_moe.layers.router import Router, Routes, Routing, RoutingAux, routing_aux
+from ssm_moe.layers.token_order import TokenOrder, token_order
 from ssm_moe.shapes import Array, Bool, Float
 
 
@@ -56,8 +57,12 @@ class MoE(nn.Module):
     """
     batch, length, d_model = x.shape
     config = self.moe
-    tokens = x.reshape(batch * length, d_model)
-    token_mask = None if mask is None else mask.reshape(-1)
+    # Experts compare the tokens of a group as the rows of the batch have them.
+    by_rows = config.choice == 'expert'
+    order = TokenOrder(batch, length) if by_rows else token_order(batch, length)
+    tokens = order.flatten(x)
+    token_mask = None if mask is None else order.flatten(mask)
+    routes = None if routes is None else order.from_rows(routes)
 
     if config.routing == 'mixer':
       routing = given if routes is None else given.replace(routes=routes.or_else(given.routes))
@@ -73,6 +78,7 @@ class MoE(nn.Module):
         mask=token_mask,
         drops=drops,
         exchange_tokens=True,
+        order=order,
       )
 
     matrices, axes = self._experts(d_model)
@@ -82,11 +88,12 @@ class MoE(nn.Module):
       routing.routes.combine_weights,
       between=functools.partial(activate, activation=config.activation),
       axes=axes,
-    ).reshape(batch, length, d_model)
+    )
+    y = order.unflatten(y)
     if config.num_shared_experts:
       y = y + self._shared_experts(d_model)(x)
     aux = routing_aux(routing, plan.dropped, token_mask, record=self.record_routes)
-    return y, aux
+    return y, aux.replace(routes=order.by_rows(aux.routes), dropped=order.by_rows(aux.dropped))
 
   def _experts(self, d_model: int) -> tuple[list[Array], list[tuple[str, ...]]]:
     """Returns the two matrices of each expert, and their logical axes."""

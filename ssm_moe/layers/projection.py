@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ssm_moe.layers import dispatch, initializers
+from ssm_moe.layers.token_order import TokenOrder
 from ssm_moe.shapes import Array, Float
 
 
@@ -17,10 +18,12 @@ class Decision(NamedTuple):
     plan: Moves tokens to their experts and back.
     weights: What the product of each chosen expert is multiplied with; None adds them up as they
       are.
+    order: Of the tokens.
   """
 
   plan: dispatch.Plan
   weights: Float[Array, 'T K'] | None
+  order: TokenOrder
 
 
 class Projection(nn.Module):
@@ -61,7 +64,7 @@ class Projection(nn.Module):
       down = self._experts('down', down_init, (d_in, self.bottleneck), axes[0])
       up = self._experts('up', up_init, (self.bottleneck, *self.features), axes[1])
       matrices = [down, up]
-    tokens = x.reshape(-1, d_in)
+    tokens = decision.order.flatten(x)
     y = decision.plan.apply(
       tokens,
       matrices,
@@ -69,7 +72,7 @@ class Projection(nn.Module):
       between=jax.nn.relu,
       axes=[('expert', *names) for names in axes],
     )
-    return y.reshape(*x.shape[:-1], *self.features)
+    return decision.order.unflatten(y)
 
   def _experts(self, name, init, shape, axes=None):
     return self._kernel(name, init, ('expert', *(axes or self.axes)), (self.num_experts, *shape))

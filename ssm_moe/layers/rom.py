@@ -10,6 +10,7 @@ from ssm_moe.config import RoMConfig
 from ssm_moe.layers import dispatch, mesh_dispatch
 from ssm_moe.layers.projection import Decision
 from ssm_moe.layers.router import Router, Routes, Routing, RoutingAux, routing_aux
+from ssm_moe.layers.token_order import token_order
 from ssm_moe.shapes import Array, Bool, Float
 
 # What a mixer reports, by router: '' is the one of the whole layer, else the projection's name.
@@ -75,11 +76,12 @@ class ProjectionRouting(nn.Module):
     return Decisions(self, x, mask, routes or {}, given, drops)
 
   @nn.compact
-  def decide(self, name: str, x: Float[Array, 'B L M'], routes: Routes | None) -> Routing:
+  def decide(self, name: str, x: Float[Array, 'T M'], routes: Routes | None) -> Routing:
     """Runs the router `name`."""
-    fan_in = x.shape[-1]
-    router = Router(self.rom, self.router_init(fan_in), name=f'router_{name}' if name else 'router')
-    return router(x.reshape(-1, fan_in), routes=routes)
+    router = Router(
+      self.rom, self.router_init(x.shape[-1]), name=f'router_{name}' if name else 'router'
+    )
+    return router(x, routes=routes)
 
 
 class Decisions:
@@ -92,7 +94,8 @@ class Decisions:
 
   def __init__(self, routing_module, x, mask, routes, given, drops):
     self._module, self._rom = routing_module, routing_module.rom
-    self._mask = None if mask is None else mask.reshape(-1)
+    self._order = token_order(*x.shape[:2])
+    self._mask = None if mask is None else self._order.flatten(mask)
     self._routes, self._drops = routes, drops
     self.aux: MixerAux = {}
     self.routing: Routing | None = None
@@ -107,9 +110,10 @@ class Decisions:
       return None
     if self.routing is None:
       routing, plan = self._decide(projection, x)
-      return Decision(plan, self._weights(routing))
+      return Decision(plan, self._weights(routing), self._order)
     weighted = projection == 'out' or self._rom.weight_at == 'each'
-    return Decision(self._plan, self._weights(self.routing) if weighted else None)
+    weights = self._weights(self.routing) if weighted else None
+    return Decision(self._plan, weights, self._order)
 
   def scale_output(self, y: Float[Array, 'B L M']) -> Float[Array, 'B L M']:
     """Applies the shared weight to the mixer's output, where no routed projection has had it.
@@ -119,13 +123,20 @@ class Decisions:
     rom = self._rom
     if self.routing is None or 'out' in rom.expert_projections or rom.weight_at == 'each':
       return y
-    weight = jnp.sum(self._weights(self.routing), axis=1).reshape(*y.shape[:-1], 1)
+    weight = self._order.unflatten(jnp.sum(self._weights(self.routing), axis=1, keepdims=True))
     return (y.astype(jnp.float32) * weight).astype(y.dtype)
 
   def _decide(self, name: str, x: Array) -> tuple[Routing, dispatch.Plan]:
-    routing = self._module.decide(name, x, self._routes.get(name))
+    order = self._order
+    routes = self._routes.get(name)
+    routing = self._module.decide(
+      name, order.flatten(x), None if routes is None else order.from_rows(routes)
+    )
     plan = self._make_plan(routing)
-    self.aux[name] = routing_aux(routing, plan.dropped, self._mask, record=self._module.record)
+    aux = routing_aux(routing, plan.dropped, self._mask, record=self._module.record)
+    self.aux[name] = aux.replace(
+      routes=order.by_rows(aux.routes), dropped=order.by_rows(aux.dropped)
+    )
     return routing, plan
 
   def _make_plan(self, routing: Routing) -> dispatch.Plan:
@@ -135,6 +146,7 @@ class Decisions:
       num_experts=num_matrices(self._rom),
       mask=self._mask,
       drops=self._drops,
+      order=self._order,
     )
 
   def _weights(self, routing: Routing) -> Float[Array, 'T K']:

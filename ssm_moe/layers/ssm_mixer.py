@@ -145,16 +145,15 @@ class _InProjection(Projection):
       xz = super().__call__(x, decision)
       return xz[:, :, 0], xz[:, :, 1]
     x = x.astype(self.dtype)
-    batch, length, d_model = x.shape
-    shape = (d_model, *self.features)
+    shape = (x.shape[-1], *self.features)
     if self.num_experts is None:
       kernel = self._kernel('kernel', self.kernel_init, self.axes, shape)
       return tuple(jnp.einsum('blm,md->bld', x, kernel[:, branch]) for branch in (0, 1))
     kernel = self._experts('kernel', self.kernel_init, shape)
-    tokens = x.reshape(-1, d_model)
+    tokens = decision.order.flatten(x)
     axes = [('expert', self.axes[0], *self.axes[2:])]
     products = (
       decision.plan.apply(tokens, [kernel[:, :, branch]], decision.weights, axes=axes)
       for branch in (0, 1)
     )
-    return tuple(product.reshape(batch, length, -1) for product in products)
+    return tuple(decision.order.unflatten(product) for product in products)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ssm_moe import sharding
 from ssm_moe.config import LAYER_WORDS, ModelConfig, RoMConfig
 from ssm_moe.layers import attention, initializers, mamba, mamba2
 from ssm_moe.layers.attention import Attention
@@ -19,6 +18,7 @@ from ssm_moe.layers.moe import MoE
 from ssm_moe.layers.norm import make_norm
 from ssm_moe.layers.router import Routes, Routing, RoutingAux
 from ssm_moe.shapes import Array, Bool, Float, Int
+from ssm_moe.sharding import constrain_stream
 
 # By layer name; a layer without state is absent.
 PeriodState = dict[str, Any]
@@ -167,7 +167,7 @@ class Period(nn.Module):
     new_state, new_aux = {}, {}
     decided = _Decided()
     for group in layer_groups(self.config):
-      normed = _by_rows(self.norm[next(iter(group))](x.astype(jnp.float32)))
+      normed = constrain_stream(self.norm[next(iter(group))](x.astype(jnp.float32)))
       for name, letter in group.items():
         of_layer = _of_layer(routes or {}, name)
         given = decided.given(self.config, letter)
@@ -182,7 +182,7 @@ class Period(nn.Module):
           decided.keep(self.config, letter, *routing or [None])
         for router, reported in aux.items():
           new_aux[f'{name}/{router}' if router else name] = reported
-        x = _by_rows(x + y.astype(x.dtype))
+        x = constrain_stream(x + y.astype(x.dtype))
     return x, (new_state, new_aux)
 
   def step(
@@ -192,7 +192,7 @@ class Period(nn.Module):
     new_state = {}
     decided = _Decided()
     for group in layer_groups(self.config):
-      normed = _by_rows(self.norm[next(iter(group))](x.astype(jnp.float32)))
+      normed = constrain_stream(self.norm[next(iter(group))](x.astype(jnp.float32)))
       for name, letter in group.items():
         given = decided.given(self.config, letter)
         if letter in _FEED_FORWARDS:
@@ -203,7 +203,7 @@ class Period(nn.Module):
           options = {'given': given} if letter in 'MS' else {}
           y, new_state[name], *routing = self.layer[name].step(normed, state[name], **options)
           decided.keep(self.config, letter, *routing or [None])
-        x = _by_rows(x + y.astype(x.dtype))
+        x = constrain_stream(x + y.astype(x.dtype))
     return x, new_state
 
   def _feed_forward(
@@ -283,11 +283,6 @@ class Period(nn.Module):
   def _output_scale(self) -> float:
     samba = self.config.initialization == 'samba'
     return num_residual_branches(self.config) ** -0.5 if samba else 1.0
-
-
-def _by_rows(x: Array) -> Array:
-  """Keeps the stream split by rows of the batch: else the layouts of parameters spread to it."""
-  return sharding.constrain(x, 'batch', *(None,) * (x.ndim - 1))
 
 
 def _without_experts(config: Any, letter: str) -> Any:

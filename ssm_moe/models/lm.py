@@ -115,14 +115,12 @@ class LM(nn.Module):
 
   def _embed(self, tokens: Array) -> Array:
     x = self.embedding.astype(jnp.dtype(self.config.residual_dtype))[tokens]
-    return sharding.constrain(x, 'batch', *(None,) * (x.ndim - 1))
+    return sharding.constrain_stream(x)
 
   def _normalize(self, x: Array) -> Array:
     if self.config.final_norm:
       x = self.final_norm(x.astype(jnp.float32))
-    return sharding.constrain(
-      x.astype(jnp.dtype(self.config.dtype)), 'batch', *(None,) * (x.ndim - 1)
-    )
+    return sharding.constrain_stream(x.astype(jnp.dtype(self.config.dtype)))
 
   def _stack(self, in_axes: dict[str, Any]) -> nn.Module:
     """Returns all periods as one module, its parameters stacked over them."""

@@ -12,7 +12,7 @@ from ssm_moe.config import ConfigError, ExperimentConfig
 
 
 def check_fits(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
-  """Checks the rows of a batch, the router groups and the experts.
+  """Checks the rows of a batch, its length, the router groups and the experts.
 
   Raises:
     ConfigError: something does not divide; the message has values that would.
@@ -28,7 +28,14 @@ def check_fits(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
       f'must be a multiple of the {devices} devices of the mesh that rows are split over, as with '
       f'{sizes}'
     )
-  tokens = rows * train.sequence_length
+  length, pieces = train.sequence_length, mesh.shape['sequence']
+  if length % pieces:
+    sizes = sharding.divisors(math.gcd(length, mesh.size))
+    raise ConfigError(
+      f'config.mesh.sequence is {pieces}, which does not divide config.train.sequence_length, '
+      f'{length}; {sharding.one_of(sizes)} would'
+    )
+  tokens = rows * length
   for name, routing in config.model.routings().items():
     if tokens % routing.router_groups:
       raise ConfigError(

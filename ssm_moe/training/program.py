@@ -13,6 +13,7 @@ from ssm_moe import sharding
 from ssm_moe.config import ExperimentConfig
 from ssm_moe.ops import implementation
 from ssm_moe.training import step as step_lib
+from ssm_moe.training.mesh_checks import check_fits
 from ssm_moe.training.optimizer import make_optimizer
 
 
@@ -27,6 +28,7 @@ class Program:
   """
 
   def __init__(self, config: ExperimentConfig, mesh: jax.sharding.Mesh):
+    check_fits(config, mesh)
     self._optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     self._init = functools.partial(step_lib.init_train_state, config, self._optimizer)
     self._seed = config.train.seed
@@ -38,21 +40,25 @@ class Program:
       nn.unbox(boxed),
       self.state_shardings,
     )
-    self._batch_sharding = sharding.batch_sharding(mesh)
+    shapes = _batch_shapes(config)
+    self._batch_shardings = {
+      name: sharding.token_sharding(mesh) if len(shape) > 1 else sharding.batch_sharding(mesh)
+      for name, (shape, _) in shapes.items()
+    }
     self.batch_template = {
-      name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch_sharding)
-      for name, (shape, dtype) in _batch_shapes(config).items()
+      name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch_shardings[name])
+      for name, (shape, dtype) in shapes.items()
     }
     whole = sharding.replicated(mesh)
     self._train_step = jax.jit(
       for_mesh(step_lib.make_train_step(config, self._optimizer), mesh),
       donate_argnums=0,
-      in_shardings=(self.state_shardings, self._batch_sharding),
+      in_shardings=(self.state_shardings, self._batch_shardings),
       out_shardings=(self.state_shardings, whole),
     )
     self.eval_step = jax.jit(
       for_mesh(step_lib.make_eval_step(config), mesh),
-      in_shardings=(self.state_shardings.params, self._batch_sharding),
+      in_shardings=(self.state_shardings.params, self._batch_shardings),
       out_shardings=whole,
     )
 
@@ -63,8 +69,15 @@ class Program:
 
   def put(self, batch: dict[str, np.ndarray]) -> step_lib.Batch:
     """Moves this process' rows of a batch to its devices."""
-    put = functools.partial(jax.make_array_from_process_local_data, self._batch_sharding)
-    return jax.tree.map(put, batch)
+
+    def put(name, rows):
+      layout, shape = self._batch_shardings[name], None
+      if jax.process_count() > 1:
+        # A process has whole rows, also those of which its devices hold a piece only.
+        shape = (self.batch_template[name].shape[0], *rows.shape[1:])
+      return jax.make_array_from_process_local_data(layout, rows, shape)
+
+    return {name: put(name, rows) for name, rows in batch.items()}
 
   def compile_train_step(self, state: step_lib.TrainState, batch: step_lib.Batch):
     """Compiles ahead of the first step, so that no step's time has it in."""

@@ -1,5 +1,6 @@
 """The scans on a mesh equal themselves on one device, and add up over devices once."""
 
+import functools
 import re
 
 import jax
@@ -102,6 +103,28 @@ def test_kernels_see_one_device(monkeypatch):
     axes = ('batch', None, 'inner')
     (y,) = jax.eval_shape(lambda x: per_device(function, {'x': x}, {'x': axes}, (axes,)), x)
   assert seen == [((2, 3, 2), True)] and y.shape == (4, 3, 8)
+
+
+def test_an_op_has_a_piece_of_time_where_it_says_how():
+  seen = []
+
+  def function(x):
+    seen.append((x.shape, implementation.on_one_device()))
+    return (x,)
+
+  mesh = sharding.make_mesh(MeshConfig(data=2, sequence=4))
+  axes = ('batch', 'sequence', 'inner')
+  for length in (8, 4, 10):
+    for pieces in (None, function):
+      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        run = functools.partial(
+          per_device, function, axes={'x': axes}, outputs=(axes,), in_pieces=pieces, least_piece=2
+        )
+        x = jax.ShapeDtypeStruct((4, length, 8), jnp.float32)
+        jax.eval_shape(lambda x, run=run: run(arrays={'x': x}), x)
+  # 4 tokens would be pieces of one, and 10 tokens do not divide.
+  assert [shape[1] for shape, _ in seen] == [8, 2, 4, 4, 10, 10]
+  assert all(shape[0] == 2 and on_one for shape, on_one in seen)
 
 
 @pytest.mark.parametrize('sizes', [{'batch': 3}, {'d_inner': 6}])

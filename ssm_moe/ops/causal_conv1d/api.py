@@ -6,7 +6,9 @@ from typing import Literal
 import jax.numpy as jnp
 
 from ssm_moe.ops import implementation as implementation_lib
+from ssm_moe.ops import sequence_parallel
 from ssm_moe.ops.causal_conv1d import shifted, triton_gpu
+from ssm_moe.ops.per_device import per_device
 from ssm_moe.shapes import Array, Float, Int
 
 Implementation = Literal['auto', 'shifted', 'triton_gpu']
@@ -23,6 +25,7 @@ def causal_conv1d(
   activation: Literal['silu'] | None = None,
   segment_ids: Int[Array, 'B L'] | None = None,
   state: Float[Array, 'B W-1 D'] | None = None,
+  channels: str | None = 'inner',
   implementation: Implementation = 'auto',
 ) -> tuple[Float[Array, 'B L D'], Float[Array, 'B W-1 D']]:
   """Convolves every channel with its own filter, looking back only, and applies an activation.
@@ -37,7 +40,10 @@ def causal_conv1d(
     segment_ids: Document of each position; a document ends where the id changes, and inputs before
       its start count as zero. The first position continues the document that `state` comes from.
     state: The W - 1 inputs before the first position; zeros if None.
-    implementation: 'auto' selects by backend; a name never falls back to another.
+    channels: Logical axis of the channels; None if every device is to have all of them.
+    implementation: 'auto' selects by backend; a name never falls back to another. In a program for
+      several devices, as the ambient mesh tells, each convolves its own rows, channels and piece of
+      time.
 
   Returns:
     y in the dtype of `x`, and the state after the last position: its last W - 1 inputs, those of
@@ -62,6 +68,25 @@ def causal_conv1d(
   if implementation == 'auto' and x.shape[1] == 1:
     # XLA joins the work on one token to what stands around it.
     implementation = 'shifted'
+  run = functools.partial(_run, activation=activation, implementation=implementation)
+  axes = {
+    'x': ('batch', 'sequence', channels),
+    'kernel': (None, channels),
+    'bias': (channels,),
+    'segment_ids': ('batch', 'sequence'),
+    'state': ('batch', None, channels),
+  }
+  return per_device(
+    run,
+    arrays,
+    axes,
+    (axes['x'], axes['state']),
+    in_pieces=functools.partial(_run_piece, run),
+    least_piece=kernel.shape[0] - 1,
+  )
+
+
+def _run(*, x, kernel, bias, segment_ids, state, activation, implementation) -> tuple[Array, Array]:
   name = implementation_lib.select(
     'causal_conv1d',
     implementation,
@@ -73,6 +98,21 @@ def causal_conv1d(
   return _FUNCTIONS[name](
     x, kernel, bias, activation=activation, segment_ids=segment_ids, state=state
   )
+
+
+def _run_piece(run, *, x, kernel, segment_ids, state, **options) -> tuple[Array, Array]:
+  """Convolves a device's piece of time, after the last inputs of the piece before it."""
+  if kernel.shape[0] == 1:  # looks back at nothing
+    return run(x=x, kernel=kernel, segment_ids=segment_ids, state=state, **options)
+  left = shifted.last_state(x, kernel.shape[0], segment_ids=segment_ids)
+  halo = sequence_parallel.from_left(left)
+  if segment_ids is not None:
+    same = sequence_parallel.continues(segment_ids)
+    halo = jnp.where(same[:, None, None], halo, 0)
+  if state is not None:
+    halo = jnp.where(sequence_parallel.is_first(), state.astype(x.dtype), halo)
+  y, last = run(x=x, kernel=kernel, segment_ids=segment_ids, state=halo, **options)
+  return y, sequence_parallel.of_last(last)
 
 
 def _check_shapes(arrays: dict[str, Array | None]) -> None:

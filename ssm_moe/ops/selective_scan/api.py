@@ -6,8 +6,16 @@ from typing import Literal
 import jax.numpy as jnp
 
 from ssm_moe.ops import implementation as implementation_lib
+from ssm_moe.ops import sequence_parallel
 from ssm_moe.ops.per_device import per_device
-from ssm_moe.ops.selective_scan import associative, chunked, pallas_tpu, reference, triton_gpu
+from ssm_moe.ops.selective_scan import (
+  associative,
+  chunked,
+  hand_on,
+  pallas_tpu,
+  reference,
+  triton_gpu,
+)
 from ssm_moe.shapes import Array, Float, Int
 
 Implementation = Literal['auto', 'reference', 'associative', 'chunked', 'triton_gpu', 'pallas_tpu']
@@ -61,7 +69,8 @@ def selective_scan(
       the first token, so a caller whose row starts a document gives zeros.
     h0: State before the first token; zeros if None.
     implementation: 'auto' selects by backend; a name never falls back to another. In a program for
-      several devices, as the ambient mesh tells, each scans its own rows and channels.
+      several devices, as the ambient mesh tells, each scans its own rows, channels and piece of
+      time.
 
   Returns:
     y in the dtype of `x`, and the last state in float32 (float64 when any input is). Gradients flow
@@ -79,19 +88,26 @@ def selective_scan(
   _check_shapes(arrays)
   _check_dtypes(arrays)
   run = functools.partial(_run, dt_softplus=dt_softplus, implementation=implementation)
-  return per_device(run, arrays, _AXES, (_AXES['x'], _AXES['h0']))
+  recurrence = sequence_parallel.Recurrence(
+    run,
+    functools.partial(hand_on.forward, dt_softplus=dt_softplus),
+    functools.partial(hand_on.backward, dt_softplus=dt_softplus),
+    hand_on.decay,
+  )
+  in_pieces = functools.partial(sequence_parallel.run_piece, recurrence)
+  return per_device(run, arrays, _AXES, (_AXES['x'], _AXES['h0']), in_pieces=in_pieces)
 
 
 _AXES = {
-  'x': ('batch', None, 'inner'),
-  'dt': ('batch', None, 'inner'),
+  'x': ('batch', 'sequence', 'inner'),
+  'dt': ('batch', 'sequence', 'inner'),
   'A': ('inner', None),
-  'B': ('batch', None, None),
-  'C': ('batch', None, None),
+  'B': ('batch', 'sequence', None),
+  'C': ('batch', 'sequence', None),
   'D': ('inner',),
-  'z': ('batch', None, 'inner'),
+  'z': ('batch', 'sequence', 'inner'),
   'dt_bias': ('inner',),
-  'segment_ids': ('batch', None),
+  'segment_ids': ('batch', 'sequence'),
   'h0': ('batch', 'inner', None),
 }
 

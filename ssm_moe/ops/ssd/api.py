@@ -6,8 +6,9 @@ from typing import Literal
 import jax.numpy as jnp
 
 from ssm_moe.ops import implementation as implementation_lib
+from ssm_moe.ops import sequence_parallel
 from ssm_moe.ops.per_device import per_device
-from ssm_moe.ops.ssd import chunked, reference
+from ssm_moe.ops.ssd import chunked, hand_on, reference
 from ssm_moe.shapes import Array, Float, Int
 
 Implementation = Literal['auto', 'reference', 'chunked']
@@ -54,7 +55,7 @@ def ssd(
       the first token, so a caller whose row starts a document gives zeros.
     h0: State before the first token; zeros if None.
     implementation: 'auto' selects by backend; a name never falls back to another. In a program for
-      several devices, as the ambient mesh tells, each runs its own rows and heads.
+      several devices, as the ambient mesh tells, each runs its own rows, heads and piece of time.
 
   Returns:
     y in the dtype of `x`, and the last state in float32 (float64 when any input is). Gradients flow
@@ -73,18 +74,25 @@ def ssd(
   _check_dtypes(arrays)
   run = functools.partial(_run, dt_softplus=dt_softplus, implementation=implementation)
   # One group is read by the heads of all devices; several go with their heads.
-  of_groups = ('batch', None, None if arrays['B'].shape[2] == 1 else 'heads', None)
+  of_groups = ('batch', 'sequence', None if arrays['B'].shape[2] == 1 else 'heads', None)
   axes = _AXES | {'B': of_groups, 'C': of_groups}
-  return per_device(run, arrays, axes, (_AXES['x'], _AXES['h0']))
+  recurrence = sequence_parallel.Recurrence(
+    run,
+    functools.partial(hand_on.forward, dt_softplus=dt_softplus),
+    functools.partial(hand_on.backward, dt_softplus=dt_softplus),
+    hand_on.decay,
+  )
+  in_pieces = functools.partial(sequence_parallel.run_piece, recurrence)
+  return per_device(run, arrays, axes, (_AXES['x'], _AXES['h0']), in_pieces=in_pieces)
 
 
 _AXES = {
-  'x': ('batch', None, 'heads', None),
-  'dt': ('batch', None, 'heads'),
+  'x': ('batch', 'sequence', 'heads', None),
+  'dt': ('batch', 'sequence', 'heads'),
   'A': ('heads',),
   'D': ('heads',),
   'dt_bias': ('heads',),
-  'segment_ids': ('batch', None),
+  'segment_ids': ('batch', 'sequence'),
   'h0': ('batch', 'heads', None, None),
 }
 

@@ -17,6 +17,9 @@ from ssm_moe.layers import dispatch, mesh_dispatch
 from ssm_moe.ops import implementation
 from tests import tolerances
 
+if jax.device_count() < 8:
+  pytest.skip('needs eight devices', allow_module_level=True)
+
 _TOKENS, _TOP_K, _EXPERTS, _IN, _INNER = 64, 2, 8, 16, 24
 _ROWS = ('batch', None)
 _FEED_FORWARD = [('expert', 'embed', 'branch', 'mlp'), ('expert', 'mlp', 'embed')]

@@ -11,6 +11,9 @@ from ssm_moe.config import MeshConfig, RoutingConfig
 from ssm_moe.layers import mesh_dispatch
 from ssm_moe.layers.token_order import TokenOrder, token_order
 
+if jax.device_count() < 8:
+  pytest.skip('needs eight devices', allow_module_level=True)
+
 _ROWS, _LENGTH, _EXPERTS = 4, 24, 4
 # A device has two rows, and of each 6 tokens that follow each other.
 _MESH = sharding.make_mesh(MeshConfig(data=2, sequence=4), jax.devices()[:8])

@@ -22,6 +22,9 @@ from ssm_moe.config import (
 from ssm_moe.models import lm
 from tests import tolerances
 
+if jax.device_count() < 8:
+  pytest.skip('needs eight devices', allow_module_level=True)
+
 _ROWS, _LENGTH = 4, 32
 
 _MODELS = {

@@ -15,6 +15,9 @@ from ssm_moe.ops.selective_scan import cases as scan_cases
 from ssm_moe.ops.ssd import cases as ssd_cases
 from tests import tolerances
 
+if jax.device_count() < 8:
+  pytest.skip('needs eight devices', allow_module_level=True)
+
 _MESH = sharding.make_mesh(MeshConfig(fsdp=2, tensor=4), jax.devices()[:8])
 
 

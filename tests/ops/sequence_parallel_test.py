@@ -17,6 +17,9 @@ from ssm_moe.ops.ssd import cases as ssd_cases
 from tests import tolerances
 from tests.ops.gradients import value_and_gradients
 
+if jax.device_count() < 8:
+  pytest.skip('needs eight devices', allow_module_level=True)
+
 _ALL = dict.fromkeys(('D', 'dt_bias', 'dt_softplus', 'h0'), True)
 _SCAN = functools.partial(scan_cases.Case, name='scan', batch=2, d_inner=4)
 _SSD = functools.partial(ssd_cases.Case, name='ssd', batch=2)

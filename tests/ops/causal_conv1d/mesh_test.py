@@ -11,6 +11,9 @@ from ssm_moe.ops.causal_conv1d import causal_conv1d
 from tests import tolerances
 from tests.ops.causal_conv1d import cases
 
+if jax.device_count() < 8:
+  pytest.skip('needs eight devices', allow_module_level=True)
+
 _ALL = {'state': True, 'segments': True}
 _CASE = functools.partial(cases.Case, name='mesh', batch=4, channels=4)
 _extended = functools.partial(pytest.param, marks=pytest.mark.extended)

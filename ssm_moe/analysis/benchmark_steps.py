@@ -51,17 +51,23 @@ def time_steps(step: Step, state: Any, batch: Any, *, warmup: int, repeats: int)
     warmup: Steps that are not timed; at least 1.
     repeats: Steps that are.
   """
-  metrics, ends = [], []
-  for _ in range(warmup + repeats):
+  metrics = []
+  for _ in range(warmup):
     state, new = step(state, batch)
     metrics.append(new)
-    if len(metrics) > 1:
+  # So that the times add up to what all steps took: the host may be late to see the end of one.
+  jax.block_until_ready(state)
+  ends = [time.perf_counter()]
+  for i in range(repeats):
+    state, new = step(state, batch)
+    metrics.append(new)
+    if i > 0:
       jax.block_until_ready(metrics[-2])
       ends.append(time.perf_counter())
   jax.block_until_ready(state)
   ends.append(time.perf_counter())
-  times = 1e3 * np.diff(ends)
-  return StepTimes(times=list(times[-repeats:]), metrics=jax.device_get(metrics), state=state)
+  times = list(1e3 * np.diff(ends))
+  return StepTimes(times=times, metrics=jax.device_get(metrics), state=state)
 
 
 def program_bytes(compiled: Any) -> dict[str, int]:

@@ -114,8 +114,11 @@ class LM(nn.Module):
     return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
   def _embed(self, tokens: Array) -> Array:
-    x = self.embedding.astype(jnp.dtype(self.config.residual_dtype))[tokens]
-    return sharding.constrain_stream(x)
+    table = self.embedding.astype(jnp.dtype(self.config.residual_dtype))
+    if tokens.ndim == 2:
+      # Else each device would look up its columns of all tokens, and send them to where rows are.
+      table = sharding.constrain(table, 'vocab', None)
+    return sharding.constrain_stream(table[tokens])
 
   def _normalize(self, x: Array) -> Array:
     if self.config.final_norm:

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ssm_moe import sharding
 from ssm_moe.analysis import compiled
 from ssm_moe.config import MeshConfig
-from ssm_moe.ops import selective_scan, ssd
+from ssm_moe.ops import implementation, selective_scan, ssd
 from ssm_moe.ops.selective_scan import cases as scan_cases
 from ssm_moe.ops.selective_scan import hand_on
 from ssm_moe.ops.ssd import cases as ssd_cases
@@ -138,3 +138,17 @@ def test_what_a_piece_hands_on_takes_no_memory_for_all_states(direction):
   memory = jax.jit(function).lower(*given).compile().memory_analysis()
   all_states = arguments['x'].size * 64 * 4
   assert memory.temp_size_in_bytes < all_states / 16
+
+
+@pytest.mark.parametrize('numbers', [1, 10**9])
+def test_what_a_piece_hands_on_does_not_depend_on_the_chunk(numbers, monkeypatch):
+  monkeypatch.setattr(hand_on, '_GPU_NUMBERS', numbers)
+  arguments = scan_cases.make_inputs(_SCAN(length=150), jax.random.key(1))
+  arrays = {name: arguments.get(name) for name in ('x', 'dt', 'A', 'B', 'C', 'z', 'dt_bias')}
+  starts = jnp.zeros((2, 150), bool).at[0, 70].set(True)
+  results = []
+  for platform in ('cpu', 'gpu'):
+    with implementation.compiling_for(platform):
+      added, time = hand_on.forward(arrays, starts, dt_softplus=False)
+      results.append((added, jnp.where(jnp.isinf(time), -1, time)))
+  tolerances.assert_close(*reversed(results), rtol=tolerances.FLOAT32_REORDERED)

@@ -1,4 +1,4 @@
-"""Training on a mesh is training on one device."""
+"""Training on a mesh is training on one device, and sends no activations but those that it must."""
 
 import functools
 import math
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ssm_moe import sharding
+from ssm_moe.analysis import compiled
 from ssm_moe.config import (
   AttentionConfig,
   ExperimentConfig,
@@ -23,8 +24,10 @@ from ssm_moe.config import (
 from ssm_moe.training.program import Program
 from tests import tolerances
 
-# 31 tokens are no multiple of any axis.
-_ROWS, _LENGTH, _VOCAB = 8, 32, 31
+# 31 tokens are no multiple of any axis. A piece of time has eleven tokens or a multiple, as no axis
+# of a parameter.
+_ROWS, _LENGTH, _VOCAB = 8, 88, 31
+_PIECE = 11
 _STEPS = 5
 
 _MODELS = {
@@ -114,14 +117,20 @@ def _program(name, axes):
 
 @functools.cache
 def _train(name, **axes):
-  """Returns state and metrics of each of some steps."""
+  """Returns state and metrics of each of some steps, and by what collectives activations go."""
   program = _program(name, axes)
   state, batch = program.init_state(), program.put(_batch(0))
   step, metrics = program.compile_train_step(state, batch), []
   for i in range(_STEPS):
     state, new = step(state, program.put(_batch(i)))
     metrics.append(new)
-  return jax.device_get((state, metrics))
+  kinds = {
+    collective.kind
+    for collective in compiled.read_step(step.as_text()).collectives
+    for array in collective.results
+    if any(size and size % _PIECE == 0 for size in array.shape)
+  }
+  return *jax.device_get((state, metrics)), kinds
 
 
 _CASES = [
@@ -137,7 +146,7 @@ _CASES = [
 
 
 def _assert_equal_to_one_device(name, axes):
-  (one_state, one_metrics), (state, metrics) = _train(name, data=1), _train(name, **axes)
+  (one_state, one_metrics, _), (state, metrics, _) = _train(name, data=1), _train(name, **axes)
   tolerances.assert_close(metrics, one_metrics, rtol=tolerances.FLOAT32_REORDERED)
   tolerances.assert_close(
     (state.params, state.opt_state),
@@ -152,6 +161,25 @@ def _assert_equal_to_one_device(name, axes):
 @pytest.mark.parametrize(('name', 'axes'), _CASES)
 def test_eight_devices_equal_one(name, axes):
   _assert_equal_to_one_device(name, axes)
+
+
+# Otherwise only parameters, gradients, statistics, states and halos are sent.
+_SENT_ACTIVATIONS = {
+  'tensor': {'all-reduce'},  # sums over channels
+  'expert': {'all-to-all'},  # tokens to their experts
+  'sequence': {'all-gather', 'all-reduce'},  # keys and values, if there is attention
+}
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
+@pytest.mark.parametrize(('name', 'axes'), _CASES)
+def test_activations_are_sent_where_the_layout_needs_it(name, axes):
+  needed = {axis: set(_SENT_ACTIVATIONS.get(axis, ())) for axis in axes}
+  if name in ('mamba', 'rom'):
+    needed |= {'expert': set()}
+  if name != 'hybrid':
+    needed |= {'sequence': set()}
+  assert _train(name, **axes)[2] <= set().union(*needed.values())
 
 
 @pytest.mark.gpu

@@ -10,10 +10,13 @@ they are taken chunk by chunk, so that no more than a chunk of B L D N numbers e
 import jax
 import jax.numpy as jnp
 
+from ssm_moe.ops import implementation
 from ssm_moe.ops.selective_scan.reference import compute_dtype
 from ssm_moe.shapes import Array, Bool, Float
 
 _CHUNK = 64
+# On a GPU each chunk costs the start of several kernels: so many of the B L D N numbers at a time.
+_GPU_NUMBERS = 2**25
 
 Arrays = dict[str, Array | None]
 
@@ -71,7 +74,10 @@ def _sum(
   dtype = compute_dtype(*arrays.values(), values)
   batch, length, d_inner = x.shape
   A = A.astype(dtype).T
-  chunk = min(_CHUNK, length)
+  chunk = _CHUNK
+  if implementation.platform() == 'gpu':
+    chunk = max(chunk, _GPU_NUMBERS // (batch * A.size))
+  chunk = min(chunk, length)
   num_chunks = -(-length // chunk)
 
   def load(v, i):

@@ -68,6 +68,11 @@ def _print_layout(experiment: config.ExperimentConfig) -> None:
     f'\nThe {len(moments)} other arrays of the optimizer are moments, laid out as their '
     f'parameters: {held:,} bytes per device.'
   )
+  if experiment.train.accumulation_steps > 1:
+    print(
+      f'A batch goes in {experiment.train.accumulation_steps} parts: activations are those of one, '
+      'and gradients are there twice, of a part and their sum so far.'
+    )
   totals = memory.train_step_bytes(experiment, mesh, state, program.batch_template)
   totals['sum'] = sum(totals.values())
   print(json.dumps({'mesh': dict(mesh.shape), 'bytes_per_device': totals}))

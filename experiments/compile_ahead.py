@@ -49,8 +49,8 @@ def main():
   devices = sharding.batch_divisor(mesh)
   if decode_batch <= 0 or decode_batch % devices:
     raise UserError(
-      f'--decode_batch is {decode_batch}; it must be a multiple of the {devices} devices of the '
-      'mesh that rows are split over'
+      f'--decode_batch is {decode_batch}; it must be a positive multiple of the {devices} devices '
+      'of the mesh that rows are split over'
     )
 
   account = accounting.account(experiment.model, train.sequence_length)

@@ -33,6 +33,11 @@ _SHUTDOWN_SECONDS = 30
 # How long process 0 may start after the others.
 _CONNECT_SECONDS = 300
 _MESSAGE_BYTES = 4096
+# What to do when one is lost.
+GO_ON = (
+  'the same command goes on from the last checkpoint, or begins again if there is none, with fewer '
+  'processes too'
+)
 _TEXT_CHARACTERS = 600  # of an error; JSON may need six bytes for each
 
 _T = TypeVar('_T')
@@ -40,6 +45,12 @@ _T = TypeVar('_T')
 
 class DistributedError(UserError):
   """Processes that are not told of each other, or that do not run the same."""
+
+
+class LostProcessError(DistributedError):
+  """The processes cannot tell each other anything more."""
+
+  exit_status = 1
 
 
 class Processes(NamedTuple):
@@ -101,8 +112,7 @@ def initialize(flags: Processes, environment: Mapping[str, str], *, heartbeat_se
     raise DistributedError(f'the processes cannot be joined: {reason}') from error
   last_line.leave(
     f'{os.path.basename(sys.argv[0])}: process {jax.process_index()} of {jax.process_count()} was '
-    'killed, or ended because another is gone; the same command goes on from the last checkpoint, '
-    'with fewer processes too'
+    f'killed, or ended because another is gone; {GO_ON}'
   )
 
 
@@ -258,7 +268,12 @@ def _exchange(message: str) -> list[str]:
   if len(data) > _MESSAGE_BYTES:
     raise ValueError(f'a message of {len(data)} bytes; {_MESSAGE_BYTES} fit')
   padded = np.frombuffer(data.ljust(_MESSAGE_BYTES, b'\0'), np.uint8)
-  gathered = multihost_utils.process_allgather(padded)
+  try:
+    gathered = multihost_utils.process_allgather(padded)
+  except (ValueError, RuntimeError) as error:  # JAX raises either when a connection breaks
+    raise LostProcessError(
+      f'{str(error).partition(chr(10))[0]}; if another process is gone, {GO_ON}'
+    ) from error
   return [bytes(row).rstrip(b'\0').decode() for row in gathered]
 
 

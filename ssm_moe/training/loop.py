@@ -147,8 +147,8 @@ class _Run:
         raise
       # Here it is most often a broken connection.
       raise TrainingError(
-        f'step {progress.step}: {str(error).splitlines()[0]}; if another process is gone, the same '
-        'command goes on from the last checkpoint, with fewer processes too'
+        f'step {progress.step}: {str(error).splitlines()[0]}; if another process is gone, '
+        f'{distributed.GO_ON}'
       ) from error
     if summary is None:
       self._checkpointer.wait()

@@ -21,12 +21,13 @@ def check_fits(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
   rows = train.batch_size // train.accumulation_steps
   if rows % devices:
     multiple = devices * train.accumulation_steps
+    parts = train.accumulation_steps
+    times = f', times {parts} for config.train.accumulation_steps' if parts > 1 else ''
     below = train.batch_size // multiple * multiple
     sizes = sharding.one_of([size for size in (below, below + multiple) if size])
     raise ConfigError(
-      f'config.train.batch_size is {train.batch_size} in {train.accumulation_steps} parts; each '
-      f'must be a multiple of the {devices} devices of the mesh that rows are split over, as with '
-      f'{sizes}'
+      f'config.train.batch_size is {train.batch_size}; it must be a multiple of the {devices} '
+      f'devices that rows are split over{times}: {sizes} would do'
     )
   length, pieces = train.sequence_length, mesh.shape['sequence']
   if length % pieces:

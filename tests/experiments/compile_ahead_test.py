@@ -87,7 +87,10 @@ def test_what_does_not_fit_says_so_and_what_would():
     ((), '--topology is missing'),
     (('--topology=v5e:2x2', '--config.mesh.fsdp=3'), 'the number of devices, 4'),
     (('--topology=v5e:2x2', '--config.train.batch_size=6'), 'a multiple of the 4 devices'),
-    (('--topology=v5e:2x2', '--decode_batch=6'), '--decode_batch is 6; it must be a multiple of'),
+    (
+      ('--topology=v5e:2x2', '--decode_batch=6'),
+      'is 6; it must be a positive multiple',
+    ),
   ],
 )
 def test_a_mistake_is_one_line(arguments, words):

@@ -70,8 +70,8 @@ def test_config(finished, group, change, match):
 @pytest.mark.parametrize(
   ('group', 'change', 'match'),
   [
-    ('train', {'batch_size': 12}, 'batch_size is 12 .* 8 devices .* as with 8 or 16$'),
-    ('train', {'accumulation_steps': 2}, 'batch_size is 8 in 2 parts; .* 8 devices .* with 16$'),
+    ('train', {'batch_size': 12}, 'batch_size is 12; .* 8 devices .*: 8 or 16 would do$'),
+    ('train', {'accumulation_steps': 2}, 'batch_size is 8; .* times 2 .*: 16 would do$'),
     ('mesh', {'expert': 3}, ': expert 3 .* number of devices, 8; expert 1, 2, 4 or 8 would$'),
     ('mesh', {'data': 16}, 'data 16 .* devices, 8; data 8, or mesh.data left unset would$'),
     ('mesh', {'expert': 8}, 'expert is 8, .* the 4 experts of .*mamba.rom; 1, 2 or 4 would$'),

@@ -36,6 +36,9 @@ def _compile(name, axis):
   if axis == 'expert':
     # With as many groups as devices, what is sent has one size; else it goes in rounds.
     config = _config(name, **{'mesh.expert': 4, 'model.moe.router_groups': 4})
+  if (name, axis) == ('moe_mamba_26m', 'tensor'):
+    # Each chip has all rows: in one part they are 1 % too many.
+    config = _config(name, **{'mesh.tensor': 4, 'train.accumulation_steps': 2})
   mesh = sharding.make_mesh(config.mesh, chips.devices('v5e:2x2'))
   with implementation.compiling_for('tpu'):
     program = Program(config, mesh)

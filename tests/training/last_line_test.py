@@ -1,10 +1,12 @@
-"""A process that is killed or aborted leaves one line; one that comes to its end leaves none."""
+"""A process that is killed, aborted or cut off leaves one line; one that comes to its end none."""
 
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from ssm_moe.training import distributed
 from tests.training.distributed_test import ROOT
 
 # The handler that is registered first runs last, as JAX's does.
@@ -42,3 +44,14 @@ def test_who_has_the_last_line(first, then, status, says):
   )
   assert (result.returncode, result.stdout) == (status, '')
   assert result.stderr.splitlines().count("'a' and $HOME") == says
+
+
+def test_a_connection_that_breaks_is_one_line(monkeypatch):
+  def broken(_):
+    raise ValueError('UNKNOWN: AllGather failed: closed by peer\nand a stack')
+
+  monkeypatch.setattr(distributed.multihost_utils, 'process_allgather', broken)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  expected = r'^UNKNOWN: AllGather failed: closed by peer; if another process is gone, the same .*$'
+  with pytest.raises(distributed.LostProcessError, match=expected), distributed.agreed():
+    pass

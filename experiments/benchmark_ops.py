@@ -56,6 +56,7 @@ def all_benchmarks(platform: str) -> list[benchmark.OpBenchmark]:
   return [
     *benchmark_scans.selective_scans(platform),
     *benchmark_matmuls.grouped_matmuls(),
+    *benchmark_matmuls.expert_layers(),
     *benchmark_layers.convolutions(),
     *benchmark_layers.norms(),
     *benchmark_layers.cross_entropies(cross_entropy_sum),

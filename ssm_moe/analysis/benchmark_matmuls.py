@@ -1,5 +1,7 @@
 """Matrix products by expert, at the sizes that are timed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from ssm_moe.analysis.benchmark import OpBenchmark, by_implementation
 from ssm_moe.analysis.benchmark_limits import Work, passes
 from ssm_moe.layers import dispatch
 from ssm_moe.ops.grouped_matmul import api as grouped
+from ssm_moe.ops.grouped_matmul import triton_gpu
 from ssm_moe.shapes import Array, Float, Int, Key
 
 # Of layer 03 of `quickstart.py:moe_mamba` after its 350 steps, as audit_routing.py reports it on a
@@ -148,5 +151,66 @@ def feed_forwards() -> list[OpBenchmark]:
       make_arguments=make_arguments,
       yardsticks={'dense, 1 expert': one_expert},
       tokens=tokens,
+    )
+  ]
+
+
+# Tokens, d_model, d_ff, experts: of the step `moe_mamba` of benchmark_model.
+_EXPERT_LAYER = (65536, 512, 1536, 32)
+
+
+def expert_layers() -> list[OpBenchmark]:
+  """A Switch layer's products on a GPU: what the kernels do of ReLU and weights, and what XLA."""
+  tokens, d_model, d_ff, num_experts = _EXPERT_LAYER
+
+  def make_arguments(key):
+    keys = jax.random.split(key, 4)
+    inputs, sizes = grouped_inputs(keys[0], tokens, d_model, d_ff, num_experts)
+    wo = jax.random.normal(keys[1], (num_experts, d_ff, d_model)) / d_ff**0.5
+    routes = jnp.repeat(jnp.arange(num_experts), sizes, total_repeat_length=tokens)
+    plan = dispatch.dropless_plan(jax.random.permutation(keys[2], routes)[:, None], num_experts)
+    inputs |= {'wo': wo.astype(jnp.bfloat16), 'combine': jax.random.uniform(keys[3], (tokens, 1))}
+    return inputs, plan
+
+  def by_kernel(inputs, plan, *, relu, weighted):
+    put = functools.partial(
+      triton_gpu.grouped_matmul,
+      put=plan.order,
+      combine_weights=inputs['combine'] if weighted else None,
+    )
+    hidden = triton_gpu.grouped_matmul(
+      inputs['rows'], inputs['weights'], plan.group_sizes, take=plan.order, relu=relu
+    )
+    hidden = hidden if relu else jax.nn.relu(hidden)
+    chosen = put(hidden, inputs['wo'], plan.group_sizes)
+    return dispatch.sum_choices(chosen, None if weighted else inputs['combine'])
+
+  def one_after_the_other(inputs, plan):
+    hidden = jax.nn.relu(
+      group_by_group({**inputs, 'rows': plan.order.take(inputs['rows'])}, plan.group_sizes)
+    )
+    y = group_by_group({'rows': hidden, 'weights': inputs['wo']}, plan.group_sizes)
+    return dispatch.sum_choices(plan.order.put(y), inputs['combine'])
+
+  flops = 4 * tokens * d_model * d_ff
+  return [
+    OpBenchmark(
+      name='expert_layer',
+      shape=f'T {tokens}, M {d_model}, F {d_ff}, E {num_experts}',
+      dtype='bfloat16',
+      implementations={
+        'by XLA': functools.partial(by_kernel, relu=False, weighted=False),
+        'relu in the kernel': functools.partial(by_kernel, relu=True, weighted=False),
+        'weights in the kernel': functools.partial(by_kernel, relu=False, weighted=True),
+        'both in the kernel': functools.partial(by_kernel, relu=True, weighted=True),
+      },
+      oracle=one_after_the_other,
+      oracle_name='all rows times one matrix after the other in float32, masked',
+      make_arguments=make_arguments,
+      tokens=tokens,
+      work=passes(
+        Work(num_bytes=6 * tokens * d_model, flops=flops),
+        Work(num_bytes=10 * tokens * d_model, flops=2 * flops),
+      ),
     )
   ]

@@ -191,16 +191,18 @@ class SparsePlan(RowPlan):
   ) -> Float[Array, 'T ...']:
     if self.expert_capacity is not None:
       return super().apply(x, matrices, weights, between=between, axes=axes, whole=whole)
-    # Where a kernel can, the products themselves write in the order of tokens.
+    # Where a kernel can, products write in the order of tokens by themselves, and do the ReLU.
     last = len(matrices) - 1
+    fused = between is jax.nn.relu
     for i, matrix in enumerate(matrices):
       multiply = functools.partial(
         grouped_matmul,
         group_sizes=self.group_sizes,
         take=self.order if i == 0 else None,
         put=self.order if i == last else None,
+        relu=fused and i < last,
       )
-      x = _with_whole(multiply, whole)(between(x) if i else x, matrix)
+      x = _with_whole(multiply, whole)(between(x) if i and not fused else x, matrix)
     return sum_choices(x, weights)
 
 

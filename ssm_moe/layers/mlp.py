@@ -1,5 +1,7 @@
 """The dense feed-forward layer, and the activations that experts share with it."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,27 +10,27 @@ from ssm_moe.config.routing import Activation
 from ssm_moe.shapes import Array, Float
 
 
-def activate(hidden: Float[Array, '...'], activation: Activation) -> Float[Array, '*B F']:
-  """Applies the nonlinearity between the two products of a feed-forward layer.
+def activation_of(name: Activation) -> Callable[[Float[Array, '...']], Float[Array, '*B F']]:
+  """Returns the nonlinearity between the two products of a feed-forward layer.
 
-  relu: max(hidden, 0). swiglu: SiLU(gate) * up (https://arxiv.org/abs/2002.05202, equation 6).
-
-  Args:
-    hidden: Output of the first product: [..., F] for relu; [..., 2, F] for swiglu, gate and then
-      up.
-    activation: Its name.
+  relu: max(hidden, 0), of hidden [..., F]. swiglu: SiLU(gate) * up, of hidden [..., 2, F], gate and
+  then up (https://arxiv.org/abs/2002.05202, equation 6).
 
   Raises:
-    ValueError: an activation that does not exist, or a `hidden` without gate and up.
+    ValueError: a name that does not exist.
   """
-  match activation:
+  match name:
     case 'relu':
-      return jax.nn.relu(hidden)
+      return jax.nn.relu
     case 'swiglu':
-      if hidden.ndim < 2 or hidden.shape[-2] != 2:
-        raise ValueError(f'swiglu: hidden has shape {hidden.shape}; it must be [..., 2, F]')
-      return jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
-  raise ValueError(f'there is no activation {activation!r}; there are: relu, swiglu')
+      return _swiglu
+  raise ValueError(f'there is no activation {name!r}; there are: relu, swiglu')
+
+
+def _swiglu(hidden: Float[Array, '*B 2 F']) -> Float[Array, '*B F']:
+  if hidden.ndim < 2 or hidden.shape[-2] != 2:
+    raise ValueError(f'swiglu: hidden has shape {hidden.shape}; it must be [..., 2, F]')
+  return jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
 
 
 class MLP(nn.Module):
@@ -62,7 +64,7 @@ class MLP(nn.Module):
       wi = self._kernel('wi', self.wi_init, ('embed', 'mlp'), (d_model, self.d_ff))
     wo = self._kernel('wo', self.wo_init, ('mlp', 'embed'), (self.d_ff, d_model))
     hidden = jnp.tensordot(x.astype(self.dtype), wi, axes=1)
-    return activate(hidden, self.activation) @ wo
+    return activation_of(self.activation)(hidden) @ wo
 
   def _kernel(self, name, init, axes, shape):
     init = nn.with_logical_partitioning(init, axes)

@@ -1,14 +1,12 @@
 """The sparse feed-forward layer of MoE-Mamba."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from ssm_moe.config import MoEConfig
 from ssm_moe.layers import dispatch, mesh_dispatch
-from ssm_moe.layers.mlp import MLP, activate
+from ssm_moe.layers.mlp import MLP, activation_of
 from ssm_moe.layers.router import Router, Routes, Routing, RoutingAux, routing_aux
 from ssm_moe.layers.token_order import TokenOrder, token_order
 from ssm_moe.shapes import Array, Bool, Float
@@ -86,7 +84,7 @@ class MoE(nn.Module):
       tokens.astype(self.dtype),
       matrices,
       routing.routes.combine_weights,
-      between=functools.partial(activate, activation=config.activation),
+      between=activation_of(config.activation),
       axes=axes,
     )
     y = order.unflatten(y)

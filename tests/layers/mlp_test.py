@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ssm_moe.layers import initializers
-from ssm_moe.layers.mlp import MLP, activate
+from ssm_moe.layers.mlp import MLP, activation_of
 from tests import tolerances
 
 _D_MODEL, _D_FF = 6, 10
@@ -33,19 +33,19 @@ def _oracle(params, x, activation):
 
 
 def test_activations_by_hand():
-  np.testing.assert_array_equal(activate(jnp.array([-2.0, 0.0, 3.0]), 'relu'), [0, 0, 3])
+  np.testing.assert_array_equal(activation_of('relu')(jnp.array([-2.0, 0.0, 3.0])), [0, 0, 3])
   # SiLU(ln 3) = ln 3 * 3 / 4, and SiLU(0) = 0.
   gate, up = jnp.array([jnp.log(3.0), 0.0]), jnp.array([4.0, 5.0])
   np.testing.assert_allclose(
-    activate(jnp.stack([gate, up]), 'swiglu'), [3 * np.log(3), 0], rtol=1e-6
+    activation_of('swiglu')(jnp.stack([gate, up])), [3 * np.log(3), 0], rtol=1e-6
   )
 
 
 def test_bad_arguments_are_named():
   with pytest.raises(ValueError, match='gelu'):
-    activate(jnp.ones((2, 3)), 'gelu')
+    activation_of('gelu')
   with pytest.raises(ValueError, match=r'\(4, 3\)'):
-    activate(jnp.ones((4, 3)), 'swiglu')
+    activation_of('swiglu')(jnp.ones((4, 3)))
 
 
 class EqualsTheOracle(chex.TestCase):

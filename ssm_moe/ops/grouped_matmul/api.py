@@ -3,6 +3,7 @@
 import functools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from ssm_moe.ops import implementation as implementation_lib
@@ -20,6 +21,7 @@ def grouped_matmul(
   *,
   take: RowOrder | None = None,
   put: RowOrder | None = None,
+  relu: bool = False,
   implementation: Implementation = 'auto',
 ) -> Float[Array, 'S *F'] | Float[Array, 'T K *F']:
   """Multiplies each row with the matrix of its group.
@@ -37,6 +39,7 @@ def grouped_matmul(
     take: Rows are first taken from `rows` in this order, which has all T * K = S assignments.
     put: Products are put where their assignment is: [T, K, F]. A kernel that can writes them there
       by itself, here and, with `take`, in the gradient of `rows`; else a gather does.
+    relu: Products below zero become zero, by a kernel that can before it writes them.
     implementation: 'auto' selects by backend, and on a TPU or GPU by whether the rows are known to
       be on one device (`ops.implementation.on_one_device`); a name never falls back to another.
 
@@ -60,13 +63,15 @@ def grouped_matmul(
   }
   name = implementation_lib.select('grouped_matmul', implementation, candidates)
   if name == 'triton_gpu':
-    return triton_gpu.grouped_matmul(rows, weights, group_sizes, take=take, put=put)
+    return triton_gpu.grouped_matmul(rows, weights, group_sizes, take=take, put=put, relu=relu)
   multiply = {
     'megablox': megablox.grouped_matmul,
     'tiled': tiled.grouped_matmul,
     'reference': reference.grouped_matmul,
   }[name]
   products = multiply(rows if take is None else take.take(rows), weights, group_sizes)
+  if relu:
+    products = jax.nn.relu(products)
   return products if put is None else put.put(products)
 
 

@@ -25,6 +25,8 @@ def multiply(
   top_k: int = 1,
   to_row: Int[Array, 'S'] | None = None,
   transposed: bool = False,
+  relu: bool = False,
+  scales: Float[Array, 'S'] | None = None,
 ) -> Float[Array, 'S F']:
   """Multiplies each row with the matrix of its group, or with the matrix `transposed`.
 
@@ -37,6 +39,8 @@ def multiply(
     top_k: See from_row.
     to_row: Which row of the result each product becomes, a permutation; the same if None.
     transposed: The last axes of `rows` and `weights` are summed over.
+    relu: Products below zero become zero.
+    scales: float32. What each row of the result is multiplied with, before it is rounded.
   """
   inputs = rows.shape[1]
   num_rows = _length(rows, from_row)
@@ -56,6 +60,8 @@ def multiply(
     dy_gathered=False,
     top_k=top_k,
     scattered=to_row is not None,
+    relu=relu,
+    weighted=scales is not None,
   )
   inner = (blocks.columns, blocks.inner) if transposed else (blocks.inner, blocks.columns)
   return _call(
@@ -67,6 +73,7 @@ def multiply(
     group_sizes,
     _pointer(from_row, group_sizes),
     _pointer(to_row, group_sizes),
+    group_sizes if scales is None else scales.astype('float32'),
     out_type=jax.ShapeDtypeStruct((num_rows, outputs), rows.dtype),
   )
 
@@ -105,6 +112,8 @@ def sum_outer_products(
     dy_gathered=dy_from_row is not None,
     top_k=top_k,
     scattered=False,
+    relu=False,
+    weighted=False,
   )
   return _call(
     gradient_kernel,

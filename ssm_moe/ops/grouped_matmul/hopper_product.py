@@ -109,7 +109,33 @@ def _multiply(acc, a, b, ready, stage, phase, add, weights, T: gl.constexpr):
 
 
 @gluon.jit
-def product_kernel(rows, weights, sizes_ptr, index_ptr, places_ptr, y_ptr, T: gl.constexpr):
+def _find_scales(scales_ptr, places_ptr, row, count, T: gl.constexpr):
+  """Returns what each product of a tile is multiplied with, if weighted."""
+  scales = row
+  if T.weighted:
+    acc_layout: gl.constexpr = product_layout(T, gl.num_warps())
+    rows = gl.arange(0, T.block_rows, layout=gl.SliceLayout(1, acc_layout))
+    places = row + rows
+    if T.scattered:
+      places = gl.load(places_ptr + places, mask=rows < count, other=0)
+    scales = gl.load(scales_ptr + places, mask=rows < count, other=0.0)
+  return scales
+
+
+@gluon.jit
+def _finish(acc, scales, T: gl.constexpr):
+  """Does in float32, before they are rounded, what is asked of products."""
+  if T.relu:
+    acc = gl.maximum(acc, 0.0)
+  if T.weighted:
+    acc = acc * gl.expand_dims(scales, 1)
+  return acc
+
+
+@gluon.jit
+def product_kernel(
+  rows, weights, sizes_ptr, index_ptr, places_ptr, scales_ptr, y_ptr, T: gl.constexpr
+):
   """Multiplies each row with the matrix of its group; zeros for rows of no group.
 
   A tile that ends beyond its group multiplies rows of the next, which it does not write.
@@ -117,7 +143,8 @@ def product_kernel(rows, weights, sizes_ptr, index_ptr, places_ptr, y_ptr, T: gl
   Arrays and their blocks: rows [S, K], [block_rows, block_inner]; weights [E, K, N],
   [1, block_inner, block_columns], or if transposed [E, N, K], [1, block_columns, block_inner];
   sizes [E] int32; index [S] int32, if gathered: row s is row index[s] // top_k of `rows`, which is
-  then a pointer; places [S] int32, if scattered, of each row in y; y [S, N].
+  then a pointer; places [S] int32, if scattered, of each row in y; scales [S] float32, if weighted,
+  of each row of y; y [S, N].
   """
   acc_layout: gl.constexpr = product_layout(T, gl.num_warps())
   if T.gathered:
@@ -152,8 +179,9 @@ def product_kernel(rows, weights, sizes_ptr, index_ptr, places_ptr, y_ptr, T: gl
   write_places = find_places(places_ptr, zero, zero, PART_WORDS, T)
   write_count = zero
   write_column = zero
+  scales = _find_scales(scales_ptr, places_ptr, zero, zero, T)
   while group < T.num_groups:
-    words = cut_columns(to_words(acc, weights.dtype), PARTS)
+    words = cut_columns(to_words(_finish(acc, scales, T), weights.dtype), PARTS)
     for step in gl.static_range(FIRST_STEPS):
       acc = _multiply(acc, a, b, ready, stage, phase, step > 0, weights, T)
       if step > 0:
@@ -177,6 +205,7 @@ def product_kernel(rows, weights, sizes_ptr, index_ptr, places_ptr, y_ptr, T: gl
     # Sizes that add up to more than there are rows must not write outside.
     write_count = gl.minimum(count, T.num_rows - write_row)
     write_places = find_places(places_ptr, write_row, write_count, PART_WORDS, T)
+    scales = _find_scales(scales_ptr, places_ptr, write_row, write_count, T)
     tile += gl.num_programs(0)
     group, first_tile, first_row, size = _find_tile(
       sizes_ptr, tile, group, first_tile, first_row, size, T
@@ -185,7 +214,7 @@ def product_kernel(rows, weights, sizes_ptr, index_ptr, places_ptr, y_ptr, T: gl
   if T.gathered:
     # Nobody reads what still comes, but its place in shared memory serves for other things now.
     async_copy.wait_group(0)
-  words = cut_columns(to_words(acc, weights.dtype), PARTS)
+  words = cut_columns(to_words(_finish(acc, scales, T), weights.dtype), PARTS)
   write_parts(words, 0, PARTS, y_ptr, write_places, write_count, write_column, T)
 
   # All groups are passed: first_row is the first row of no group, and in the tile first_tile.

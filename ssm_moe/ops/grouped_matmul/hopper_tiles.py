@@ -34,6 +34,8 @@ class Tiling:
     dy_gathered: The same of the cotangents, for the gradient of a matrix.
     top_k: By which the places of `gathered` rows are divided.
     scattered: Each row of the output has its own place, which is read from an array.
+    relu: Products below zero become zero.
+    weighted: Each product is multiplied with the number that stands at its place in an array.
     block_rows: Of a tile of the output.
     block_columns: Of a tile of the output.
     block_inner: Of the axis that is summed over, in a stage.
@@ -55,6 +57,8 @@ class Tiling:
   dy_gathered: bool
   top_k: int
   scattered: bool
+  relu: bool
+  weighted: bool
   block_rows: int
   block_columns: int
   block_inner: int

@@ -19,6 +19,8 @@ from ssm_moe.shapes import Array, Float, Int
 _MAX_GROUPS = 1024
 # A row of what TMA reads begins at a multiple of 16 bytes.
 _MULTIPLE = 8
+# Smaller weights count as this, so that a product can be found again from what it was weighted to.
+_LEAST_WEIGHT = 1e-18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +60,26 @@ def grouped_matmul(
   *,
   take: RowOrder | None = None,
   put: RowOrder | None = None,
+  relu: bool = False,
+  combine_weights: Float[Array, 'T K'] | None = None,
   block_sizes: BlockSizes | None = None,
   gathers: Gathers = Gathers(),
 ) -> Float[Array, 'S *F'] | Float[Array, 'T K *F']:
   """Runs `api.grouped_matmul`; several output axes are made one.
 
-  Besides, `gathers` says what the kernels gather themselves.
+  Besides, `gathers` says what the kernels gather themselves, and `combine_weights`, with `put`,
+  what each product is multiplied with before it is rounded and written; XLA can as well join that
+  to the sum over a token's experts (docs/performance.md).
 
   Axes that are no multiple of 8 are padded, which copies the array.
+
+  Raises:
+    NotImplementedError: weights without `put`, with `relu`, or for float16.
   """
+  if combine_weights is not None and (put is None or relu or rows.dtype != jnp.bfloat16):
+    raise NotImplementedError(
+      'combine_weights are for bfloat16 products that are put, without relu'
+    )
   inputs = rows.shape[1]
   num_groups, _, *output_shape = weights.shape
   matrices = weights.reshape(num_groups, inputs, -1)
@@ -79,25 +92,29 @@ def grouped_matmul(
     rows = jnp.pad(rows, ((0, 0), (0, more_inputs)))
   if more_inputs or more_outputs:
     matrices = jnp.pad(matrices, ((0, 0), (0, more_inputs), (0, more_outputs)))
-  y = _multiply(block_sizes, gathers, rows, matrices, group_sizes.astype(jnp.int32), take, put)
+  group_sizes = group_sizes.astype(jnp.int32)
+  weighting = None if combine_weights is None else combine_weights.astype(jnp.float32)
+  y = _multiply(block_sizes, gathers, relu, rows, matrices, group_sizes, take, put, weighting)
   first_axes = y.shape[:1] if put is None else put.assignment_row.shape
   return y[:, :outputs].reshape(*first_axes, *output_shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _multiply(
   block_sizes: BlockSizes,
   gathers: Gathers,
+  relu: bool,
   rows: Float[Array, 'T M'],
   weights: Float[Array, 'E M F'],
   group_sizes: Int[Array, 'E'],
   take: RowOrder | None,
   put: RowOrder | None,
+  weighting: Float[Array, 'T K'] | None,
 ) -> Float[Array, 'S F']:
-  return _forward(block_sizes, gathers, rows, weights, group_sizes, take, put)[0]
+  return _forward(block_sizes, gathers, relu, rows, weights, group_sizes, take, put, weighting)[0]
 
 
-def _forward(block_sizes, gathers, rows, weights, group_sizes, take, put):
+def _forward(block_sizes, gathers, relu, rows, weights, group_sizes, take, put, weighting):
   # Not at the top: it imports Triton.
   from ssm_moe.ops.grouped_matmul import hopper_kernels
 
@@ -115,14 +132,25 @@ def _forward(block_sizes, gathers, rows, weights, group_sizes, take, put):
     from_row=from_row,
     top_k=1 if from_row is None else take.top_k,
     to_row=None if put is None else put.row_assignment,
+    relu=relu,
+    scales=None if weighting is None else _not_zero(weighting).reshape(-1),
   )
-  return y, (rows, from_row, weights, group_sizes, take, put)
+  kept = y if relu or weighting is not None else None
+  return y, (rows, from_row, weights, group_sizes, take, put, weighting, kept)
 
 
-def _backward(block_sizes, gathers, residuals, dy):
+def _backward(block_sizes, gathers, relu, residuals, dy):
   from ssm_moe.ops.grouped_matmul import hopper_kernels
 
-  rows, from_row, weights, group_sizes, take, put = residuals
+  rows, from_row, weights, group_sizes, take, put, weighting, y = residuals
+  d_weighting = None
+  if relu:
+    dy = jnp.where(y > 0, dy, jnp.zeros((), dy.dtype))
+  if weighting is not None:
+    wide, scales = dy.astype(jnp.float32), _not_zero(weighting)
+    # y is the product times its weight.
+    d_weighting = jnp.sum(wide * y.astype(jnp.float32), axis=1).reshape(scales.shape) / scales
+    dy = (wide * scales.reshape(-1, 1)).astype(dy.dtype)
   dy_from_row = None
   if put is not None:
     if _can_read(dy, gathers.dy):
@@ -149,7 +177,12 @@ def _backward(block_sizes, gathers, residuals, dy):
     top_k=1 if from_row is None else take.top_k,
     dy_from_row=dy_from_row,
   )
-  return d_rows, d_weights, None, None, None
+  return d_rows, d_weights, None, None, None, d_weighting
+
+
+def _not_zero(weighting: Float[Array, 'T K']) -> Float[Array, 'T K']:
+  small = jnp.abs(weighting) < _LEAST_WEIGHT
+  return jnp.where(small, jnp.float32(_LEAST_WEIGHT), weighting)
 
 
 def _can_read(rows: Array, wanted: bool) -> bool:

@@ -1,3 +1,4 @@
+import functools
 import inspect
 
 import chex
@@ -137,6 +138,17 @@ def test_output_axes_stay_apart():
     list(expected),
     rtol=tolerances.FLOAT32_REORDERED,
   )
+
+
+@pytest.mark.parametrize('implementation', ['reference', 'tiled'])
+def test_relu_is_that_of_the_products(implementation):
+  rows, weights, sizes, cotangent = _inputs(_SIZES['uneven'])
+  run = functools.partial(grouped_matmul, implementation=implementation)
+  products = run(rows, weights, sizes)
+  value, pull = jax.vjp(lambda rows, weights: run(rows, weights, sizes, relu=True), rows, weights)
+  assert (value == jnp.maximum(products, 0)).all() and (products < 0).any()
+  _, pull_products = jax.vjp(lambda rows, weights: run(rows, weights, sizes), rows, weights)
+  chex.assert_trees_all_close(pull(cotangent), pull_products(jnp.where(products > 0, cotangent, 0)))
 
 
 def test_the_work_does_not_grow_with_the_number_of_experts():

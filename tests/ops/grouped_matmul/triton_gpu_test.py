@@ -113,6 +113,28 @@ def test_compiles_for_hopper(case, gathers):
     assert re.search(r'wgmma\.mma_async|st\.global', parts[1])[0] == 'wgmma.mma_async'
 
 
+def _with_epilogue(epilogue, rows, weights, sizes, cotangent):
+  order = orders.random_order(len(rows), 1)
+  options = {'relu': True} if epilogue == 'relu' else {'combine_weights': jnp.ones((len(rows), 1))}
+  function = functools.partial(triton_gpu.grouped_matmul, take=order, put=order, **options)
+  return _value_and_gradients(function, rows, weights, sizes, cotangent.reshape(len(rows), 1, -1))
+
+
+@hopper.needs_triton
+@pytest.mark.parametrize('epilogue', ['relu', 'combine_weights'])
+def test_an_epilogue_compiles_for_hopper(epilogue):
+  """Without a byte spilled; weights are read once a row, and nothing is added to gradients."""
+  shapes = _shapes(*_SHAPES['8_experts'])
+  kernels = hopper.compile_kernels(functools.partial(_with_epilogue, epilogue), *shapes)
+  plain = hopper.compile_kernels(functools.partial(_ordered, (False, False)), *shapes)
+  assert [kernel.spilled_bytes for kernel in kernels] == [0, 0, 0]
+  assert kernels[0].ptx != plain[0].ptx
+  assert [kernel.ptx for kernel in kernels[1:]] == [kernel.ptx for kernel in plain[1:]]
+  instruction = {'relu': r'\bmax\.f32', 'combine_weights': r'\bmul\.\S*f32'}[epilogue]
+  counts = [len(re.findall(instruction, each[0].ptx)) for each in (kernels, plain)]
+  assert counts[0] > counts[1]
+
+
 def _kernels_chosen(shapes, name='auto'):
   jaxpr = jax.make_jaxpr(lambda *args: grouped_matmul(*args, implementation=name))(*shapes[:3])
   return str(jaxpr).count('triton_kernel_call')
@@ -150,6 +172,27 @@ def test_says_why_it_cannot_run(shape, platform, devices, reason, monkeypatch):
     jax.eval_shape(
       functools.partial(grouped_matmul, implementation='triton_gpu'), *_shapes(*shape)[:3]
     )
+
+
+def test_weights_are_refused_where_they_cannot_be_applied():
+  order = orders.random_order(8, 1)
+  rows, matrices, sizes = (
+    jnp.ones(shape.shape, shape.dtype) for shape in _shapes(8, 8, (8,), 2)[:3]
+  )
+  for put, relu, dtype in [
+    (None, False, 'bfloat16'),
+    (order, True, 'bfloat16'),
+    (order, False, 'float16'),
+  ]:
+    with pytest.raises(NotImplementedError, match='bfloat16 products that are put, without relu'):
+      triton_gpu.grouped_matmul(
+        rows.astype(dtype),
+        matrices.astype(dtype),
+        sizes,
+        put=put,
+        relu=relu,
+        combine_weights=jnp.ones((8, 1)),
+      )
 
 
 def test_another_gpu_is_named(monkeypatch):
@@ -244,6 +287,32 @@ def test_rows_are_taken_from_tokens_and_put_back(take, put, top_k):
     tolerances.assert_close(
       [x.astype(jnp.float32) for x in actual], list(expected), rtol=tolerances.BFLOAT16, what=case
     )
+
+
+@_on_gpu
+@pytest.mark.parametrize('top_k', [1, 2])
+@pytest.mark.parametrize('epilogue', ['relu', 'combine_weights'])
+def test_an_epilogue_equals_the_same_done_afterwards(epilogue, top_k):
+  order, x, weights, cotangent = _tokens(top_k, True, True)
+  scales = jax.random.normal(jax.random.key(6), order.assignment_row.shape)
+  scales = scales.at[:7].set(jnp.array([0.0, 1e-30, -0.0, 1.0, 1e-6, 30.0, -1.0])[:, None])
+
+  def by_kernel(x, weights, scales, sizes):
+    options = {'relu': True} if epilogue == 'relu' else {'combine_weights': scales}
+    return triton_gpu.grouped_matmul(x, weights, sizes, take=order, put=order, **options)
+
+  def afterwards(x, weights, scales, sizes):
+    y = grouped_matmul(x, weights, sizes, take=order, put=order, implementation='tiled')
+    return jax.nn.relu(y) if epilogue == 'relu' else y * scales[:, :, None]
+
+  for case, sizes in _SIZES_OF_1400.items():
+    sizes = jnp.array(sizes, jnp.int32)
+    value, pull = jax.vjp(lambda *args, sizes=sizes: by_kernel(*args, sizes), x, weights, scales)
+    actual = [leaf.astype(jnp.float32) for leaf in (value, *pull(cotangent))]
+    wide = (x.astype(jnp.float32), weights.astype(jnp.float32), scales)
+    expected, pull = jax.vjp(lambda *args, sizes=sizes: afterwards(*args, sizes), *wide)
+    expected = [expected, *pull(cotangent.astype(jnp.float32))]
+    tolerances.assert_close(actual, expected, rtol=tolerances.BFLOAT16, what=case)
 
 
 @_on_gpu

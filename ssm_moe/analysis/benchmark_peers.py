@@ -77,7 +77,7 @@ class Peer:
       call.run(1)
     times = measure(passes, timing)
     found = dict(zip(own, gradients(outputs)))
-    passes['forward'].run(0)  # waits
+    passes['forward'].run(1)  # waits for those before
     found = {
       name: _to_jax(self._swapped(name, found[name])) if name in found else None for name in inputs
     }

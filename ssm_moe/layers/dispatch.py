@@ -191,19 +191,38 @@ class SparsePlan(RowPlan):
   ) -> Float[Array, 'T ...']:
     if self.expert_capacity is not None:
       return super().apply(x, matrices, weights, between=between, axes=axes, whole=whole)
-    # Where a kernel can, products write in the order of tokens by themselves, and do the ReLU.
-    last = len(matrices) - 1
-    fused = between is jax.nn.relu
-    for i, matrix in enumerate(matrices):
-      multiply = functools.partial(
-        grouped_matmul,
-        group_sizes=self.group_sizes,
-        take=self.order if i == 0 else None,
-        put=self.order if i == last else None,
-        relu=fused and i < last,
-      )
-      x = _with_whole(multiply, whole)(between(x) if i and not fused else x, matrix)
-    return sum_choices(x, weights)
+    rows = multiply_rows(x, matrices, self.group_sizes, between, self.order, whole)
+    return sum_choices(rows, weights)
+
+
+def multiply_rows(
+  rows: Float[Array, 'R M'],
+  matrices: Sequence[Any],
+  group_sizes: Int[Array, 'E'],
+  between: Between = as_it_is,
+  order: RowOrder | None = None,
+  whole: Whole | None = None,
+) -> Float[Array, 'S ...'] | Float[Array, 'T K ...']:
+  """Multiplies rows, sorted by expert, by one matrix of their expert after the other.
+
+  Args:
+    rows: Or tokens, with `order`: they are taken in that order, and products put back.
+    group_sizes: Rows of each expert.
+    matrices, between, whole: As in `RowPlan.apply`.
+  """
+  # Where a kernel can, products write in the order of tokens by themselves, and do the ReLU.
+  last = len(matrices) - 1
+  fused = between is jax.nn.relu
+  for i, matrix in enumerate(matrices):
+    multiply = functools.partial(
+      grouped_matmul,
+      group_sizes=group_sizes,
+      take=order if i == 0 else None,
+      put=order if i == last else None,
+      relu=fused and i < last,
+    )
+    rows = _with_whole(multiply, whole)(between(rows) if i and not fused else rows, matrix)
+  return rows
 
 
 def sum_choices(

@@ -6,6 +6,7 @@ from typing import Literal
 from ssm_moe.config.checks import Checked, check, check_fraction, check_not_negative, check_positive
 
 Activation = Literal['relu', 'swiglu']
+Exchange = Literal['padded', 'ragged']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,9 @@ class MoEConfig(RoutingConfig):
   allow_acausal: bool = False
   # own: a router in the layer; mixer: the decision of the routed mixer before it in the period.
   routing: Literal['own', 'mixer'] = 'own'
+  # How tokens go to the devices of their experts, where there is no capacity, by collectives of
+  # fixed size or, on GPUs and TPUs, of uneven sizes. On two H200s padded is faster.
+  exchange: Exchange = 'padded'
   num_shared_experts: int = 0  # that every token passes through besides, each as wide as one expert
 
   def __post_init__(self):

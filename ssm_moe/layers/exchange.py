@@ -4,8 +4,8 @@ Inside `jax.shard_map`: each device along a mesh axis has some of the experts, t
 and a plan for tokens of its own.
 
 With a capacity what devices send each other has a fixed size: each has so many rows for each
-expert. Without one, rows go in rounds, as many as it takes: of uneven sizes on a GPU
-(`ragged_exchange`), elsewhere of fixed size (`padded_exchange`).
+expert. Without one, rows go in rounds, as many as it takes, of fixed size (`padded_exchange`) or in
+the sizes that they have (`ragged_exchange`).
 """
 
 import functools
@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ssm_moe.config import ConfigError
+from ssm_moe.config.routing import Exchange
 from ssm_moe.layers import dispatch, padded_exchange, ragged_exchange
 from ssm_moe.ops import implementation
 from ssm_moe.shapes import Array, Float
@@ -28,6 +30,7 @@ def apply(
   weights: Float[Array, 'T K'] | None,
   *,
   axis_name: str,
+  exchange: Exchange = 'padded',
   between: dispatch.Between = dispatch.as_it_is,
   whole: dispatch.Whole | None = None,
 ) -> Float[Array, 'T ...']:
@@ -39,7 +42,11 @@ def apply(
     matrices: Of this device's experts.
     weights: Of each token's experts; 1 if None.
     axis_name: Of the mesh axis that experts are split over.
+    exchange: How rows are sent where there is no capacity.
     between, whole: As there.
+
+  Raises:
+    ConfigError: ragged, on a backend that has no such collective.
   """
   if plan.expert_capacity is not None:
     rows = _to_owners(plan.dispatch(x), plan, axis_name)
@@ -47,7 +54,7 @@ def apply(
     return plan.combine(_to_sources(rows, plan, axis_name), weights)
   if whole is not None:
     matrices = [whole(matrix) for matrix in matrices]
-  chosen = _all_rounds(axis_name, between, plan, x, list(matrices))
+  chosen = _all_rounds(_ways(exchange), axis_name, between, plan, x, list(matrices))
   return dispatch.sum_choices(chosen, weights)
 
 
@@ -68,8 +75,9 @@ def _to_sources(rows: Array, plan: dispatch.SparsePlan, axis_name: str) -> Array
   return by_expert.reshape(-1, *rows.shape[1:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _all_rounds(
+  ways: ModuleType,
   axis_name: str,
   between: dispatch.Between,
   plan: dispatch.SparsePlan,
@@ -77,44 +85,54 @@ def _all_rounds(
   matrices: list[Float[Array, '...']],
 ) -> Float[Array, 'T K ...']:
   """Returns what the experts of each token make of it, in as many rounds as it takes."""
-  one_round = functools.partial(_rounds().one_round, axis_name, between, plan)
+  one_round = functools.partial(ways.one_round, axis_name, between, plan)
   first = one_round(jnp.zeros((), jnp.int32), x, matrices)
-  return _later_rounds(plan, axis_name, lambda i, chosen: chosen + one_round(i, x, matrices), first)
+  return _later_rounds(
+    ways, plan, axis_name, lambda i, chosen: chosen + one_round(i, x, matrices), first
+  )
 
 
-def _all_rounds_forward(axis_name, between, plan, x, matrices):
-  one_round = functools.partial(_rounds().one_round, axis_name, between, plan)
+def _all_rounds_forward(ways, axis_name, between, plan, x, matrices):
+  one_round = functools.partial(ways.one_round, axis_name, between, plan)
   # Most of the time there is but one. Of the others, of which nobody knows how many there are,
   # nothing is kept for the backward pass: they are run again.
   first, pull = jax.vjp(functools.partial(one_round, jnp.zeros((), jnp.int32)), x, matrices)
   chosen = _later_rounds(
-    plan, axis_name, lambda i, chosen: chosen + one_round(i, x, matrices), first
+    ways, plan, axis_name, lambda i, chosen: chosen + one_round(i, x, matrices), first
   )
   return chosen, (plan, x, matrices, pull)
 
 
-def _all_rounds_backward(axis_name, between, residuals, d_chosen):
+def _all_rounds_backward(ways, axis_name, between, residuals, d_chosen):
   plan, x, matrices, pull_first = residuals
 
   def add_round(i, sums):
-    one_round = functools.partial(_rounds().one_round, axis_name, between, plan, i)
+    one_round = functools.partial(ways.one_round, axis_name, between, plan, i)
     _, pull = jax.vjp(one_round, x, matrices)
     return jax.tree.map(jnp.add, sums, pull(d_chosen))
 
-  return None, *_later_rounds(plan, axis_name, add_round, pull_first(d_chosen))
+  return None, *_later_rounds(ways, plan, axis_name, add_round, pull_first(d_chosen))
 
 
 _all_rounds.defvjp(_all_rounds_forward, _all_rounds_backward)
 
 
 def _later_rounds(
-  plan: dispatch.SparsePlan, axis_name: str, add_round: Callable[[Array, Any], Any], first: Any
+  ways: ModuleType,
+  plan: dispatch.SparsePlan,
+  axis_name: str,
+  add_round: Callable[[Array, Any], Any],
+  first: Any,
 ) -> Any:
   """Adds to what the first round gave what all others give."""
-  rounds = _rounds().num_rounds(plan, axis_name)
+  rounds = ways.num_rounds(plan, axis_name)
   return first if isinstance(rounds, int) else jax.lax.fori_loop(1, rounds, add_round, first)
 
 
-def _rounds() -> ModuleType:
-  """Returns how rows are sent where what runs has the collective of uneven sizes, or has not."""
-  return ragged_exchange if implementation.platform() == 'gpu' else padded_exchange
+def _ways(exchange: Exchange) -> ModuleType:
+  """Returns what sends rows in rounds."""
+  if exchange == 'padded':
+    return padded_exchange
+  if implementation.platform() == 'cpu':
+    raise ConfigError('moe.exchange is ragged, for which CPUs have no collective; padded would do')
+  return ragged_exchange

@@ -25,7 +25,9 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from ssm_moe import sharding
 from ssm_moe.config import RoutingConfig
-from ssm_moe.layers import dispatch, exchange
+from ssm_moe.config.routing import Exchange
+from ssm_moe.layers import dispatch
+from ssm_moe.layers import exchange as exchange_lib
 from ssm_moe.layers.token_order import TokenOrder
 from ssm_moe.shapes import Array, Bool, Float, Int
 
@@ -40,7 +42,7 @@ def make_plan(
   num_experts: int,
   mask: Bool[Array, 'T'] | None = None,
   drops: bool = True,
-  exchange_tokens: bool = False,
+  exchange: Exchange | None = None,
   order: TokenOrder | None = None,
 ) -> dispatch.Plan:
   """Makes the plan that `config.dispatch` names, over the mesh that is traced for, if any.
@@ -51,8 +53,8 @@ def make_plan(
     num_experts: Matrices there are.
     mask: Tokens outside it take no capacity.
     drops: If not, a plan that would drop tokens is made dropless.
-    exchange_tokens: Whether tokens go to the devices of their experts, where experts are split;
-      else the matrices of all experts are gathered.
+    exchange: How tokens go to the devices of their experts, where experts are split; if None, the
+      matrices of all experts are gathered.
     order: Of the tokens; row after row of the batch if None.
   """
   make = functools.partial(dispatch.make_plan, num_experts=num_experts, drops=drops)
@@ -101,7 +103,7 @@ def make_plan(
   if dropped is not None:
     plans = plans.replace(dropped=dropped)
   experts_split = mesh.shape['expert'] > 1 and num_experts % mesh.shape['expert'] == 0
-  return MeshPlan(plans, exchange_tokens and experts_split)
+  return MeshPlan(plans, exchange if experts_split else None)
 
 
 def _plan_part_of_group(
@@ -161,11 +163,11 @@ class MeshPlan(dispatch.Plan):
 
   Attributes:
     plans: Their arrays, joined along the first axis.
-    exchange_tokens: Whether tokens go to the devices of their experts.
+    exchange: How tokens go to the devices of their experts; None if they do not.
   """
 
   plans: dispatch.SparsePlan
-  exchange_tokens: bool = struct.field(pytree_node=False)
+  exchange: Exchange | None = struct.field(pytree_node=False)
 
   @property
   def dropped(self) -> Bool[Array, 'T K'] | None:
@@ -185,7 +187,7 @@ class MeshPlan(dispatch.Plan):
       sharding.mapped_layout(mesh, names, matrix.shape)
       for names, matrix in zip(axes or [()] * len(matrices), matrices, strict=True)
     ]
-    exchanges = self.exchange_tokens and all(layout[0] == ('expert',) for layout in layouts)
+    exchanges = self.exchange is not None and all(layout[0] == ('expert',) for layout in layouts)
     # Of what these split a device keeps its part; over other axes it gathers the whole.
     kept = {'expert'} if exchanges else set()
     if _channels_stay_apart(layouts):
@@ -204,7 +206,8 @@ class MeshPlan(dispatch.Plan):
         matrices = [_Part(matrix, gather) for matrix, gather in zip(matrices, gathers)]
         options['whole'] = _Part.whole
       if exchanges:
-        y = exchange.apply(plan, x, matrices, weights, axis_name='expert', **options)
+        options |= {'axis_name': 'expert', 'exchange': self.exchange}
+        y = exchange_lib.apply(plan, x, matrices, weights, **options)
       else:
         y = plan.apply(x, matrices, weights, **options)
       return _sum_over(y, 'tensor') if partial_sums else y

@@ -75,7 +75,7 @@ class MoE(nn.Module):
         num_experts=config.num_experts,
         mask=token_mask,
         drops=drops,
-        exchange_tokens=True,
+        exchange=config.exchange,
         order=order,
       )
 

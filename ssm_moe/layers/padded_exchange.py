@@ -64,12 +64,35 @@ def one_round(
   start = starts[:, :1] + i * room
   order = _order_of_round(plan.order, start, ends[:, -1:], room)
   sizes = jnp.maximum(jnp.minimum(ends, start + room) - jnp.maximum(starts, start), 0)
-  received_ends = jnp.cumsum(send(sizes), axis=1)
-  # Rows come sorted by expert from each device; what fills up the room has no expert.
-  expert = jnp.sum(jnp.arange(room)[None, :, None] >= received_ends[:, None, :], axis=2)
-  ours = dispatch.dropless_plan(expert.reshape(-1, 1), received_ends.shape[1])
-  products = ours.apply(send(order.take(x)), matrices, between=between)
+  arrived = _arrived(send(sizes), room)
+  products = arrived.apply(send(order.take(x)), matrices, between=between)
   return order.put(send(products))
+
+
+def _arrived(sizes: Int[Array, 'X E'], room: int) -> dispatch.SparsePlan:
+  """Returns the plan for rows that arrived: of each of X devices `room`, the first of them sorted.
+
+  That one knows without sorting: by expert, then by device; what fills up the room comes last.
+
+  Args:
+    sizes: Rows of each device for each of this device's experts.
+    room: Rows of each device, with or without an expert.
+  """
+  own = jnp.sum(sizes, axis=0)
+  sizes = jnp.concatenate([sizes, room - jnp.sum(sizes, axis=1, keepdims=True)], axis=1)
+  ends = jnp.cumsum(sizes, axis=1)
+  of_expert = jnp.sum(sizes, axis=0, keepdims=True)
+  earlier = jnp.cumsum(of_expert, axis=1) - of_expert + jnp.cumsum(sizes, axis=0) - sizes
+  row = jnp.arange(room)[None, :]
+  expert = jnp.sum(row[:, :, None] >= ends[:, None, :-1], axis=2)
+  # By the place of the first row of a device and expert, and its place among those that arrived.
+  place = jnp.take_along_axis(earlier - (ends - sizes), expert, axis=1) + row
+  place = place.reshape(-1)
+  num_rows = place.shape[0]
+  row_assignment = jnp.zeros_like(place).at[place]
+  row_assignment = row_assignment.set(jnp.arange(num_rows, dtype=place.dtype), unique_indices=True)
+  order = RowOrder(row_assignment, place.reshape(-1, 1))
+  return dispatch.SparsePlan(order, group_sizes=own, dropped=None, expert_capacity=None)
 
 
 def _order_of_round(

@@ -38,7 +38,7 @@ def gated(rows):
 FEED_FORWARD_SHAPES = [(EXPERTS, INPUTS, 2, INNER), (EXPERTS, INNER, INPUTS)]
 
 
-def compile_layer(mesh_sizes, config, inputs, axes, between, *, exchange=False, mask=None):
+def compile_layer(mesh_sizes, config, inputs, axes, between, *, exchange=None, mask=None):
   """Returns the compiled function to the result, what was dropped and all gradients."""
   mesh = sharding.make_mesh(MeshConfig(**mesh_sizes), None if mesh_sizes else jax.devices()[:1])
   expert_index, dy, x, weights, matrices = inputs
@@ -49,7 +49,7 @@ def compile_layer(mesh_sizes, config, inputs, axes, between, *, exchange=False, 
   def run(expert_index, dy, *arguments):
     def layer(x, weights, matrices):
       plan = mesh_dispatch.make_plan(
-        expert_index, config, num_experts=EXPERTS, exchange_tokens=exchange, mask=mask
+        expert_index, config, num_experts=EXPERTS, exchange=exchange, mask=mask
       )
       return plan.apply(x, matrices, weights, between=between, axes=axes), plan.dropped
 
@@ -75,8 +75,8 @@ def check_equal_to_one_device(mesh_sizes, config, inputs, axes, between, **optio
   tolerances.assert_close((y, gradients), (one_y, one_gradients), rtol=tolerances.FLOAT32_REORDERED)
 
 
-def check_exchanged(mesh_sizes, config, inputs, **options):
+def check_exchanged(mesh_sizes, config, inputs, exchange='padded', **options):
   """Of a gated feed-forward layer whose tokens go to their experts."""
   check_equal_to_one_device(
-    mesh_sizes, config, inputs, FEED_FORWARD, gated, exchange=True, **options
+    mesh_sizes, config, inputs, FEED_FORWARD, gated, exchange=exchange, **options
   )

@@ -51,7 +51,7 @@ def test_exchanged_tokens_equal_one_device(rng, mesh_sizes, kind, groups):
   inputs = cases.inputs_of(rng, cases.FEED_FORWARD_SHAPES)
   config = cases.routing(kind, groups)
   cases.check_equal_to_one_device(
-    mesh_sizes, config, inputs, cases.FEED_FORWARD, cases.gated, exchange=True
+    mesh_sizes, config, inputs, cases.FEED_FORWARD, cases.gated, exchange='padded'
   )
 
 
@@ -70,7 +70,7 @@ def test_tokens_outside_the_mask_and_without_expert_go_nowhere(rng):
       (expert_index, *others),
       cases.FEED_FORWARD,
       cases.gated,
-      exchange=True,
+      exchange='padded',
       mask=mask,
     )
 
@@ -86,7 +86,7 @@ def test_uneven_routing_takes_more_rounds_and_loses_nothing(rng):
     (expert_index, *others),
     cases.FEED_FORWARD,
     cases.gated,
-    exchange=True,
+    exchange='padded',
   )
 
 
@@ -135,7 +135,7 @@ def test_exchange_sends_tokens_and_no_expert(rng):
   inputs = cases.inputs_of(rng, cases.FEED_FORWARD_SHAPES)
   config = cases.routing('capacity', 8)
   run, _ = cases.compile_layer(
-    {'expert': 8}, config, inputs, cases.FEED_FORWARD, cases.gated, exchange=True
+    {'expert': 8}, config, inputs, cases.FEED_FORWARD, cases.gated, exchange='padded'
   )
   collectives = compiled.read_step(run.as_text()).collectives
   assert {c.kind for c in collectives} == {'all-to-all'}

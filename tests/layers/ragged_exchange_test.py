@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ssm_moe import sharding
-from ssm_moe.config import MeshConfig
+from ssm_moe.config import ConfigError, MeshConfig
 from ssm_moe.layers import exchange, mesh_dispatch, ragged_exchange
 from tests.layers import mesh_cases as cases
 
@@ -40,7 +40,7 @@ def _ragged_all_to_all(
 @pytest.fixture
 def ragged(monkeypatch):
   monkeypatch.setattr(jax.lax, 'ragged_all_to_all', _ragged_all_to_all)
-  monkeypatch.setattr(exchange, '_rounds', lambda: ragged_exchange)
+  monkeypatch.setattr(exchange, '_ways', {'ragged': ragged_exchange}.get)
 
 
 @pytest.mark.parametrize(
@@ -55,21 +55,16 @@ def ragged(monkeypatch):
 def test_tokens_make_what_they_make_on_one_device(rng, ragged, mesh_sizes, kind):
   inputs = cases.inputs_of(rng, cases.FEED_FORWARD_SHAPES)
   config = cases.routing(kind, 2 if kind == 'capacity' else 1)
-  cases.check_exchanged(mesh_sizes, config, inputs)
+  cases.check_exchanged(mesh_sizes, config, inputs, 'ragged')
 
 
 def test_uneven_routing_takes_more_rounds_and_loses_nothing(rng, ragged):
   # All choices are of experts 0 and 1, all on the first of four devices: four windows, two rounds.
   expert_index, *others = cases.inputs_of(rng, cases.FEED_FORWARD_SHAPES)
   expert_index = jnp.stack([jnp.arange(cases.TOKENS) % 2, jnp.arange(cases.TOKENS) % 2], axis=1)
-  cases.check_equal_to_one_device(
-    {'expert': 4, 'data': 2},
-    cases.routing('dropless'),
-    (expert_index, *others),
-    cases.FEED_FORWARD,
-    cases.gated,
-    exchange=True,
-  )
+  inputs = (expert_index, *others)
+  mesh_sizes = {'expert': 4, 'data': 2}
+  cases.check_exchanged(mesh_sizes, cases.routing('dropless'), inputs, 'ragged')
 
 
 @pytest.mark.parametrize(('devices', 'loops'), [(2, False), (4, True)])
@@ -79,7 +74,7 @@ def test_two_devices_need_no_loop(rng, ragged, devices, loops):
 
   def layer(x):
     plan = mesh_dispatch.make_plan(
-      expert_index, cases.routing('dropless'), num_experts=cases.EXPERTS, exchange_tokens=True
+      expert_index, cases.routing('dropless'), num_experts=cases.EXPERTS, exchange='ragged'
     )
     return plan.apply(x, matrices, weights, between=cases.gated, axes=cases.FEED_FORWARD)
 
@@ -119,3 +114,9 @@ def test_every_row_is_sent_once_and_the_line_is_by_expert_and_sender():
       for line, window in zip(lines, windows):
         assert [window[place] for place in sorted(window)] == line[i * room : (i + 1) * room]
         assert sorted(window) == list(range(len(window)))
+
+
+def test_a_backend_without_the_collective_is_named(rng):
+  inputs = cases.inputs_of(rng, cases.FEED_FORWARD_SHAPES)
+  with pytest.raises(ConfigError, match=r'moe\.exchange is ragged, .* CPUs .*; padded would do'):
+    cases.check_exchanged({'expert': 8}, cases.routing('dropless'), inputs, 'ragged')

@@ -3,13 +3,11 @@
 No device is needed: an `AbstractMesh` will do. Bytes of what autodiff keeps are in `memory`.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ssm_moe import sharding
@@ -160,12 +158,8 @@ def _of_layer(
 def _laid_out(
   mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axes: _Names, dtype: str
 ) -> jax.ShapeDtypeStruct:
-  """An axis that does not divide is whole."""
-  spec = list(_filled(nn.logical_to_mesh_axes(axes, sharding.RULES), len(shape)))
-  for i, entry in enumerate(spec):
-    if shape[i] % math.prod(mesh.shape[name] for name in _as_tuple(entry)):
-      spec[i] = None
-  layout = NamedSharding(mesh, PartitionSpec(*spec))
+  spec = sharding.spec_of(mesh, tuple(_filled(axes, len(shape))), shape)
+  layout = NamedSharding(mesh, spec)
   return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=layout)
 
 

@@ -187,7 +187,9 @@ class MeshPlan(dispatch.Plan):
       sharding.mapped_layout(mesh, names, matrix.shape)
       for names, matrix in zip(axes or [()] * len(matrices), matrices, strict=True)
     ]
-    exchanges = self.exchange is not None and all(layout[0] == ('expert',) for layout in layouts)
+    exchanges = self.exchange is not None and all(
+      layout[0][:1] == ('expert',) for layout in layouts
+    )
     # Of what these split a device keeps its part; over other axes it gathers the whole.
     kept = {'expert'} if exchanges else set()
     if _channels_stay_apart(layouts):

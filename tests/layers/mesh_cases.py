@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import NamedSharding
 
 from ssm_moe import sharding
@@ -43,7 +42,8 @@ def compile_layer(mesh_sizes, config, inputs, axes, between, *, exchange=None, m
   mesh = sharding.make_mesh(MeshConfig(**mesh_sizes), None if mesh_sizes else jax.devices()[:1])
   expert_index, dy, x, weights, matrices = inputs
   rows, *of_matrices = (
-    NamedSharding(mesh, nn.logical_to_mesh_axes(names, sharding.RULES)) for names in (_ROWS, *axes)
+    NamedSharding(mesh, sharding.spec_of(mesh, names, array.shape))
+    for names, array in zip((_ROWS, *axes), (x, *matrices))
   )
 
   def run(expert_index, dy, *arguments):

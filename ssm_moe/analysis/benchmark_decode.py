@@ -162,7 +162,7 @@ class Model:
     return loop.Position(
       token=jnp.zeros(batch, jnp.int32),
       state=jax.jit(lambda: decoder.initial_state(config, batch))(),
-      keys=row_keys(jax.random.key(0), batch),
+      keys=row_keys(jax.random.key(0), jnp.arange(batch)),
       drawn=jnp.zeros(batch, jnp.int32),
     )
 

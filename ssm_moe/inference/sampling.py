@@ -34,9 +34,9 @@ class Sampling:
       raise UserError(f'top_p is {self.top_p}; it must be above 0 and at most 1')
 
 
-def row_keys(key: Key[Array, ''], batch: int) -> Key[Array, 'B']:
-  """Returns a key for each row, which does not depend on how many there are."""
-  return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+def row_keys(key: Key[Array, ''], numbers: Int[Array, 'B']) -> Key[Array, 'B']:
+  """Returns a key for each row, made of its number alone."""
+  return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
 
 
 def draw(logits: Float[Array, 'B V'], keys: Key[Array, 'B'], sampling: Sampling) -> Int[Array, 'B']:

@@ -11,7 +11,6 @@ from ssm_moe.config import (
   AttentionConfig,
   Mamba2Config,
   MambaConfig,
-  MLPConfig,
   ModelConfig,
   MoEConfig,
   RoMConfig,
@@ -23,7 +22,6 @@ VOCAB = 257
 SMALL = ModelConfig(
   vocab_size=VOCAB, d_model=16, num_periods=2, tie_embeddings=False, mamba=MambaConfig(d_state=4)
 )
-_ROM = RoMConfig(kind='shared', num_experts=4, top_k=2)
 # At this capacity most tokens would be dropped, and groups are not filled.
 _TIGHT = {'dispatch': 'capacity', 'capacity_factor': 0.25, 'router_groups': 7}
 MODELS = {
@@ -34,20 +32,15 @@ MODELS = {
   'moe_mamba': dataclasses.replace(
     SMALL, pattern='M E', tie_embeddings=True, moe=MoEConfig(num_experts=4, **_TIGHT)
   ),
-  'mamba2': dataclasses.replace(
+  # A window that prompts outgrow, and experts of every kind.
+  'hybrid': dataclasses.replace(
     SMALL,
-    pattern='S A s',
+    pattern='S W E',
     num_periods=1,
-    mamba2=Mamba2Config(head_dim=4, d_state=6, rom=_ROM),
-    attention=AttentionConfig(num_heads=4, num_kv_heads=2, cache_length=64),
-  ),
-  # A window that prompts outgrow.
-  'samba': dataclasses.replace(
-    SMALL,
-    pattern='M F W E',
-    num_periods=1,
-    attention=AttentionConfig(num_heads=2, window=6),
-    mlp=MLPConfig(activation='swiglu'),
+    mamba2=Mamba2Config(
+      head_dim=4, d_state=6, rom=RoMConfig(kind='shared', num_experts=4, top_k=2)
+    ),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=6),
     moe=MoEConfig(num_experts=4, num_shared_experts=1, activation='swiglu', **_TIGHT),
   ),
 }

@@ -113,7 +113,7 @@ def test_nothing_is_written_where_nothing_is_asked_for(model):
   assert document.num_tokens == 9 and document.token == ord('t')
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_samples_of_several_lengths_go_on_from_one_document(model):
   request = _request('a document', max_tokens=0)
   ((_, _, document),) = samples.write_document(model, _BYTES, request, keep=True)

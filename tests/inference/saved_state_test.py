@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssm_moe.config import MambaConfig
+from ssm_moe.config import Mamba2Config
 from ssm_moe.errors import UserError
 from ssm_moe.inference import saved_state
 from ssm_moe.models import lm
 from tests.inference import models
 
-_CONFIG = dataclasses.replace(models.MODELS['samba'], dtype='bfloat16')
+_CONFIG = dataclasses.replace(models.MODELS['hybrid'], dtype='bfloat16')
 
 
 def _document(config=_CONFIG):
@@ -62,9 +62,9 @@ def test_how_a_model_is_run_does_not_matter(file):
     ({}, 'of another', 'the state of another checkpoint or tokenizer'),
     ({'d_model': 32}, 'of this', 'the state of another model: model.d_model is 16 there and 32 he'),
     (
-      {'mamba': MambaConfig(d_state=8)},
+      {'mamba2': Mamba2Config(head_dim=4, d_state=8)},
       'of this',
-      'the state of another model: model.mamba.d_state is 4 there and 8 here',
+      'the state of another model: model.mamba2.d_state is 6 there and 8 here',
     ),
   ],
 )
@@ -92,8 +92,8 @@ def test_another_version_is_refused(file):
 
 
 def test_an_array_of_another_shape_is_named(file):
-  _rewrite(file, arrays={'mamba_0/ssm_state': np.zeros((1, 1, 32, 9), np.float32)})
-  with pytest.raises(UserError, match=r'mamba_0/ssm_state is float32 \(1, 1, 32, 9\); it must be'):
+  _rewrite(file, arrays={'mamba2_0/ssm_state': np.zeros((1, 1, 8, 4, 9), np.float32)})
+  with pytest.raises(UserError, match=r'mamba2_0/ssm_state is float32 \(1, 1, 8, 4, 9\); it mus'):
     saved_state.load(file, _CONFIG, 'of this')
 
 

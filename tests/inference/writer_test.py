@@ -17,12 +17,8 @@ from tests.inference import models
 _MOST = writer.CHUNK + 9  # more than one look at the device
 _AT_RANDOM = Sampling()
 # Of the others, each has nothing here that no other test of its state and its step has.
-_NAMES = [
-  pytest.param(name, marks=[] if name == 'mamba' else pytest.mark.extended)
-  for name in models.MODELS
-  if name not in ('moe_mamba', 'samba')
-]
-_SAMBA = pytest.param('samba', marks=pytest.mark.slow)
+_NAMES = ['mamba', pytest.param('hybrid', marks=pytest.mark.extended)]
+_ROM = pytest.param('rom', marks=pytest.mark.slow)
 
 
 def _writer(name, prompts, *, sampling=_AT_RANDOM, **options):
@@ -37,7 +33,7 @@ def _all(rows, most=_MOST):
   return np.concatenate(parts, axis=1)
 
 
-@pytest.mark.parametrize('name', [*_NAMES, _SAMBA])
+@pytest.mark.parametrize('name', [*_NAMES, _ROM])
 def test_rows_of_a_batch_are_written_as_if_alone(name):
   # More rows than experts together, fewer alone: matrices are found in two ways.
   prompts = [models.tokens(i, length) for i, length in enumerate((4, 9, 1, 13, 6))]
@@ -66,7 +62,7 @@ def test_pieces_are_what_is_written_in_one_go(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [*_NAMES, _SAMBA])
+@pytest.mark.parametrize('name', _NAMES)
 def test_the_state_after_any_token_is_that_of_the_text_so_far(name):
   prompt, params = models.tokens(4, 6), models.params(name)
   for count in (0, 3, writer.CHUNK + 4, _MOST):

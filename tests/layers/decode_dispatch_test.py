@@ -19,7 +19,7 @@ def _expert_index(top_k):
   return jax.lax.top_k(scores, top_k)[1]
 
 
-@pytest.mark.parametrize('top_k', [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('top_k', [2, pytest.param(1, marks=pytest.mark.extended)])
 def test_chosen_matrices_give_what_a_grouped_matmul_does(rng, top_k):
   keys = jax.random.split(rng, 4)
   # One token goes to no expert: what comes back is zero.

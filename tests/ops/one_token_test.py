@@ -16,7 +16,7 @@ _OPS = {
 }
 
 
-@pytest.mark.parametrize('name', ['all_1', pytest.param('plain_1', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', ['all_1', pytest.param('plain_1', marks=pytest.mark.extended)])
 @pytest.mark.parametrize('op', _OPS)
 def test_equals_the_reference(op, name):
   function, cases = _OPS[op]

@@ -61,12 +61,18 @@ class Model:
     self._numbers = np.random.default_rng(seed)
 
   def error(self, length: int = 256) -> float:
-    """Returns how far the logits of a step are from those of a sequence, of the largest."""
+    """Returns how far the logits of a step are from those of a sequence, of the largest.
+
+    In float32: in bfloat16 routers decide near-ties by rounding, and then differ altogether.
+    """
+    config = dataclasses.replace(self._config, dtype='float32')
     tokens = self._tokens(1, length)
-    expected, _ = prefill.read(self._params, tokens, config=self._config)
-    _, state = prefill.read(self._params, tokens[:, :-1], config=self._config)
-    one = jax.jit(functools.partial(decoder.step, config=self._config))
-    actual, _ = one(self._weights, tokens[:, -1], decoder.apart(state, self._config))
+    with jax.default_matmul_precision('highest'):
+      expected, _ = prefill.read(self._params, tokens, config=config)
+      _, state = prefill.read(self._params, tokens[:, :-1], config=config)
+      one = jax.jit(functools.partial(decoder.step, config=config))
+      weights = decoder.make_weights(self._params, config=config)
+      actual, _ = one(weights, tokens[:, -1], decoder.apart(state, config))
     return float(jnp.max(jnp.abs(actual - expected)) / jnp.max(jnp.abs(expected)))
 
   def measure(self, settings: Settings) -> Iterator[dict[str, Any] | str]:

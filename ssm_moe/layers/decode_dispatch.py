@@ -11,6 +11,7 @@ from flax import struct
 
 from ssm_moe.config import RoutingConfig
 from ssm_moe.layers import dispatch
+from ssm_moe.ops import implementation
 from ssm_moe.shapes import Array, Float, Int
 
 
@@ -50,10 +51,15 @@ class ChosenPlan(dispatch.RowPlan):
     self, rows: Float[Array, 'S M'], weights: Float[Array, 'E M *F']
   ) -> Float[Array, 'S *F']:
     expert = self.expert_index.reshape(-1)
-    chosen = weights.at[expert].get(mode='clip').astype(jnp.float32)
-    wide = rows.astype(jnp.float32).reshape(rows.shape + (1,) * (weights.ndim - 2))
-    # Not a product of matrices, for which XLA would first copy those that were chosen.
-    products = jnp.sum(wide * chosen, axis=1).astype(rows.dtype)
+    chosen = weights.at[expert].get(mode='clip')
+    if implementation.platform() == 'gpu':
+      # Not a product of matrices, for which XLA would first copy those that were chosen.
+      wide = rows.astype(jnp.float32).reshape(rows.shape + (1,) * (weights.ndim - 2))
+      products = jnp.sum(wide * chosen.astype(jnp.float32), axis=1)
+    else:
+      # The copy is worth its time: on a CPU core, for one row of 128 x 512, 14 us against 697.
+      products = jnp.einsum('sm,sm...->s...', rows, chosen, preferred_element_type=jnp.float32)
+    products = products.astype(rows.dtype)
     is_one = (expert < self.num_experts).reshape((-1,) + (1,) * (products.ndim - 1))
     return jnp.where(is_one, products, 0)
 

@@ -27,8 +27,9 @@ _RANKS = {
   'interop': 6,
   'experiments': 7,
 }
-# `training` uses the others of its rank to report on a run; not the other way round.
-_ALLOWED = {('training', 'analysis'), ('training', 'inference')}
+# `training` uses the others of its rank to report on a run, and `analysis` measures inference; not
+# the other way round.
+_ALLOWED = {('training', 'analysis'), ('training', 'inference'), ('analysis', 'inference')}
 
 
 def _room(path):

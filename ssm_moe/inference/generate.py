@@ -1,6 +1,8 @@
-"""Writes text: the prompt in one parallel pass, then token by token at constant cost."""
+"""Writes tokens after prompts of one length, in one program: for a sample of a run that trains.
 
-import dataclasses
+`writer` is for prompts of any length, and gives tokens as they come.
+"""
+
 import functools
 import math
 
@@ -8,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from ssm_moe.config import ModelConfig
+from ssm_moe.inference import decoder, loop, prefill
+from ssm_moe.inference.sampling import Sampling, row_keys
 from ssm_moe.models import lm
-from ssm_moe.shapes import Array, Float, Int, Key, PyTree
+from ssm_moe.shapes import Array, Int, Key, PyTree
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'num_tokens', 'temperature'))
@@ -49,41 +53,18 @@ def generate(
   if not num_tokens:
     return prompt[:, :0]
   lm.check_causal(config, 'generation')
-  model = lm.LM(_dropless(config))
-  variables = {'params': params}
-
-  def draw(logits: Float[Array, 'B V'], key) -> Int[Array, 'B']:
-    if temperature == 0:
-      return jnp.argmax(logits, axis=-1).astype(prompt.dtype)
-    return jax.random.categorical(key, logits / temperature, axis=-1).astype(prompt.dtype)
-
-  def one_token(carry, key):
-    token, state = carry
-    logits, state = model.apply(variables, token, state, method='step')
-    following = draw(logits, key)
-    return (following, state), following
-
-  output = model.apply(variables, prompt)
-  logits = model.apply(variables, output.hidden[:, -1], method='logits')
-  first_key, *keys = jax.random.split(key, num_tokens)
-  first = draw(logits, first_key)
-  if not keys:
-    return first[:, None]
-  _, rest = jax.lax.scan(one_token, (first, output.state), jnp.stack(keys))
-  return jnp.concatenate([first[:, None], rest.T], axis=1)
-
-
-def _dropless(config: ModelConfig) -> ModelConfig:
-  """Returns the model without expert capacity: a device of training that would drop tokens here."""
-
-  def dropless(routing):
-    if routing.dispatch != 'capacity':
-      return routing
-    return dataclasses.replace(routing, dispatch='dropless', router_groups=1)
-
-  return dataclasses.replace(
-    config,
-    mamba=dataclasses.replace(config.mamba, rom=dropless(config.mamba.rom)),
-    mamba2=dataclasses.replace(config.mamba2, rom=dropless(config.mamba2.rom)),
-    moe=dropless(config.moe),
+  config, sampling = prefill.without_drops(config), Sampling(temperature=temperature)
+  logits, state = prefill.read(params, prompt, config=config)
+  state, keys = decoder.apart(state, config), row_keys(key, jnp.arange(prompt.shape[0]))
+  position = loop.first(logits, state, keys, sampling)
+  first = position.token[:, None]
+  if num_tokens == 1:
+    return first.astype(prompt.dtype)
+  rest, _ = loop.advance(
+    decoder.make_weights(params, config=config),
+    position,
+    config=config,
+    sampling=sampling,
+    num_tokens=num_tokens - 1,
   )
+  return jnp.concatenate([first, rest], axis=1).astype(prompt.dtype)

@@ -17,40 +17,43 @@ Implementation = Literal['auto', 'cudnn', 'xla']
 
 
 class AttentionState(NamedTuple):
-  """What the mixer remembers of the tokens before: S slots, the last token in the last of them.
+  """What the mixer remembers of the tokens before: S slots, written in turn and then again.
 
-  Keys are kept after their rotation. So a step rotates one key instead of S, and `rope_angles` is
-  exact at any position.
+  Token g of a document stands in slot g modulo S, so that one more token is written in place; in
+  which order the slots are read does not matter. Keys are kept after their rotation. So a step
+  rotates one key instead of S, and `rope_angles` is exact at any position.
 
   All zeros mean "nothing before".
 
   Attributes:
-    keys, values: In the dtype of the matrix work; what stands in a slot that is not valid has no
+    keys, values: In the dtype of the matrix work; what stands in a slot that is not filled has no
       effect, as long as it is finite.
-    valid: Whether the slot holds a token of the document that goes on.
-    position: How many tokens came before, int32. Only differences enter the output.
+    filled: How many tokens of the document that goes on were written, int32; from 2 S on, less a
+      multiple of S that leaves S or more.
+    position: How many tokens of it came before, int32. Only differences enter the output.
   """
 
-  keys: Float[Array, 'B S J P']
-  values: Float[Array, 'B S J P']
-  valid: Bool[Array, 'B S']
+  keys: Float[Array, 'B J S P']
+  values: Float[Array, 'B J S P']
+  filled: Int[Array, 'B']
   position: Int[Array, 'B']
 
 
 def num_slots(config: AttentionConfig, window: int | None) -> int:
-  """Returns S: the tokens before the present one that a layer can see."""
-  return config.cache_length if window is None else window - 1
+  """Returns S: the tokens that a layer can see step by step, the present one among them."""
+  return config.cache_length if window is None else window
 
 
 def initial_state(
   config: AttentionConfig, *, window: int | None, d_model: int, batch: int, dtype: jnp.dtype
 ) -> AttentionState:
   """Returns the state before any token."""
-  shape = (batch, num_slots(config, window), config.kv_heads, config.head_size(d_model))
+  slots = num_slots(config, window)
+  shape = (batch, config.kv_heads, slots, config.head_size(d_model))
   return AttentionState(
     keys=jnp.zeros(shape, dtype),
     values=jnp.zeros(shape, dtype),
-    valid=jnp.zeros(shape[:2], bool),
+    filled=jnp.zeros(batch, jnp.int32),
     position=jnp.zeros(batch, jnp.int32),
   )
 
@@ -64,8 +67,8 @@ class Attention(nn.Module):
 
   Note: without a window, the state holds the last `attention.cache_length` tokens. A sequence given
   in one call is seen in full, whatever its length; given in parts, or step by step, a token sees
-  the part that it stands in and the `cache_length` tokens before that part: older ones are
-  forgotten.
+  the part that it stands in and, before that part, what is less than `cache_length` tokens back:
+  older ones are forgotten.
 
   Attributes:
     attention: Its config; its field `window` is not read here.
@@ -125,52 +128,77 @@ class Attention(nn.Module):
       NotImplementedError: `implementation` is cudnn, and it cannot run here; the message says why.
     """
     del mask, routes
-    length = x.shape[1]
-    slots = num_slots(self.attention, self.window)
-    q, k, v = self._project(x, 0 if state is None else state.position)
     document = None if segment_ids is None else _document_index(segment_ids)
-    valid = jnp.ones(x.shape[:2], bool) if document is None else document == document[:, -1:]
+    position = _positions(x.shape[1], document, None if state is None else state.position)
+    q, k, v = self._project(x, position)
     if state is None:
       y = self._attend_within(q, k, v, document)
-      position = jnp.full(x.shape[:1], length, jnp.int32)
-      k, v, valid = (_pad_front(part, slots - length) for part in (k, v, valid))
     else:
-      # cuDNN wants an even number of keys, and S is odd for the usual windows.
-      odd = (slots + length) % 2
-      cached = _pad_front(state.valid.astype(bool), odd)
-      k = jnp.concatenate([_pad_front(state.keys.astype(k.dtype), odd), k], axis=1)
-      v = jnp.concatenate([_pad_front(state.values.astype(v.dtype), odd), v], axis=1)
-      y = self._attend_with_cache(q, k, v, document, cached)
-      position = state.position + length
-      if document is not None:
-        cached &= document[:, -1:] == 0
-      valid = jnp.concatenate([cached, valid], axis=1)
-    new_state = AttentionState(
-      *(part[:, part.shape[1] - slots :] for part in (k, v, valid)), position
-    )
-    return jnp.einsum('blhp,hpm->blm', y, self.out.astype(self.dtype)), new_state, {}
+      y = self._attend_with_cache(q, k, v, document, state)
+    return self._out(y), self._cached(k, v, position, document, state), {}
 
   def step(
     self, x: Float[Array, 'B M'], state: AttentionState
   ) -> tuple[Float[Array, 'B M'], AttentionState]:
     """Runs over one more token. Equal to `__call__`, at a cost that S alone enters."""
-    y, state, _ = self(x[:, None], state=state)
-    return y[:, 0], state
+    q, k, v = (part[:, 0] for part in self._project(x[:, None], state.position[:, None]))
+    slots = state.keys.shape[2]
+    # Written first and then read: the other way round, XLA would copy all that is kept.
+    keys, values = (
+      _written(kept, new.astype(kept.dtype), state.filled % slots)
+      for kept, new in ((state.keys, k), (state.values, v))
+    )
+    seen = jnp.arange(slots)[None, :] <= state.filled[:, None]
+    y = _attend_to_slots(q, keys.astype(self.dtype), values.astype(self.dtype), seen)
+    filled = _wrapped(state.filled + 1, slots)
+    return self._out(y[:, None])[:, 0], AttentionState(keys, values, filled, state.position + 1)
 
-  def _project(self, x: Array, start: Array | int) -> tuple[Array, Array, Array]:
-    """Returns queries, keys, both rotated, and values; `start` is the position of token 0."""
+  def _out(self, y: Array) -> Array:
+    return jnp.einsum('blhp,hpm->blm', y, self.out.astype(self.dtype))
+
+  def _project(self, x: Array, position: Array) -> tuple[Array, Array, Array]:
+    """Returns queries, keys, both rotated, and values."""
     x = x.astype(self.dtype)
     kernels = (kernel.astype(self.dtype) for kernel in (self.q, self.k, self.v))
     q, k, v = (jnp.einsum('blm,mhp->blhp', x, kernel) for kernel in kernels)
     if self.attention.rope:
-      start = jnp.asarray(start, jnp.int32).reshape(-1, 1)
-      position = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
       angles = rope_angles(position, q.shape[-1], self.attention.rope_theta)
       q, k = rotate(q, angles), rotate(k, angles)
     if jax.sharding.get_abstract_mesh().shape.get('sequence', 1) > 1:
       # Queries stay where they are, and see keys of all of time.
       k, v = (sharding.constrain(part, 'batch', None, 'kv_heads', None) for part in (k, v))
     return q, k, v
+
+  def _cached(
+    self,
+    k: Array,
+    v: Array,
+    position: Array,
+    document: Array | None,
+    state: AttentionState | None,
+  ) -> AttentionState:
+    """Returns the state after a call: each slot has the last of its tokens."""
+    batch, length = k.shape[:2]
+    slots = num_slots(self.attention, self.window)
+    before = jnp.zeros(batch, jnp.int32) if state is None else state.filled
+    own = jnp.full(batch, length, jnp.int32)
+    if document is not None:
+      before = jnp.where(document[:, -1] == 0, before, 0)
+      own = jnp.sum(document == document[:, -1:], axis=1, dtype=jnp.int32)
+    end = before + own
+    # Tokens of the last document are counted; those of the call are at the end of the row.
+    token = _token_of_slot(end, slots)
+    of_call = jnp.clip(length - end[:, None] + token, 0, length - 1)
+
+    def kept(new, old):
+      new = jnp.take_along_axis(new.swapaxes(1, 2), of_call[:, None, :, None], axis=2)
+      if old is not None:
+        new = jnp.where((token >= before[:, None])[:, None, :, None], new, old.astype(new.dtype))
+      return jnp.where((token >= 0)[:, None, :, None], new, 0)
+
+    old = (None, None) if state is None else (state.keys, state.values)
+    position = jnp.broadcast_to(position[:, -1] + 1, (batch,))
+    return AttentionState(kept(k, old[0]), kept(v, old[1]), _wrapped(end, slots), position)
 
   def _attend_within(self, q: Array, k: Array, v: Array, document: Array | None) -> Array:
     """Attends from each token to those of the same call."""
@@ -187,21 +215,30 @@ class Attention(nn.Module):
     )
 
   def _attend_with_cache(
-    self, q: Array, k: Array, v: Array, document: Array | None, valid: Array
+    self, q: Array, k: Array, v: Array, document: Array | None, state: AttentionState
   ) -> Array:
     """Attends from each token to the slots of the cache and to those of the same call."""
-    length, slots = q.shape[1], valid.shape[1]
-    query = jnp.arange(length)[:, None]
-    key = jnp.arange(-slots, length)[None, :]
+    length, slots = q.shape[1], state.keys.shape[2]
+    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
     visible = key <= query
     if self.window is not None:
       visible &= query - key < self.window
-    of_cache = jnp.broadcast_to(valid[:, None, :], (*q.shape[:2], slots))
-    of_call = jnp.ones((*q.shape[:2], length), bool)
+    of_call = jnp.broadcast_to(visible[None], (q.shape[0], length, length))
+    token = _token_of_slot(state.filled, slots)[:, None, :]
+    back = state.filled[:, None, None] + query[None] - token
+    of_cache = (token >= 0) & (back < slots)
     if document is not None:
       of_cache &= (document == 0)[:, :, None]
-      of_call = document[:, :, None] == document[:, None, :]
-    visible = visible[None] & jnp.concatenate([of_cache, of_call], axis=2)
+      of_call &= document[:, :, None] == document[:, None, :]
+    # cuDNN wants an even number of keys.
+    odd = (slots + length) % 2
+    visible = jnp.pad(jnp.concatenate([of_cache, of_call], axis=2), ((0, 0), (0, 0), (odd, 0)))
+
+    def joined(cached, own):
+      cached = cached.swapaxes(1, 2).astype(own.dtype)
+      return jnp.concatenate([_pad_front(cached, odd), own], axis=1)
+
+    k, v = joined(state.keys, k), joined(state.values, v)
     return self._dot_product_attention(q, k, v, mask=visible[:, None])
 
   def _dot_product_attention(self, q: Array, k: Array, v: Array, **options) -> Array:
@@ -281,6 +318,50 @@ def _document_index(segment_ids: Array) -> Array:
   return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
+def _positions(length: int, document: Array | None, start: Array | None) -> Array:
+  """Counts the tokens of each document, from `start` in the one that a row begins with.
+
+  One row where all are the same.
+  """
+  index = jnp.arange(length, dtype=jnp.int32)[None]
+  first = index if start is None else index + start[:, None]
+  if document is None:
+    return first
+  begins = jnp.pad(document[:, 1:] != document[:, :-1], ((0, 0), (1, 0)))
+  begin = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+  return jnp.where(document == 0, first, index - begin)
+
+
+def _token_of_slot(end: Array, slots: int) -> Array:
+  """Returns which token each slot has of a document of `end` tokens; less than 0 for none."""
+  last = end[:, None] - 1
+  return last - (last - jnp.arange(slots)[None, :]) % slots
+
+
+def _wrapped(filled: Array, slots: int) -> Array:
+  return jnp.where(filled < 2 * slots, filled, slots + filled % slots)
+
+
+def _written(kept: Array, new: Array, slot: Array) -> Array:
+  """Puts each row of `new`, [B, J, P], in its slot of `kept`, [B, J, S, P]."""
+  if slot.shape[0] == 1:
+    # XLA makes a scatter to one place a choice between two arrays, and copies both.
+    return jax.lax.dynamic_update_slice_in_dim(kept, new[:, :, None], slot[0], axis=2)
+  row = jnp.arange(slot.shape[0])
+  return kept.at[row, :, slot].set(new, unique_indices=True, mode='promise_in_bounds')
+
+
+def _attend_to_slots(q: Array, keys: Array, values: Array, seen: Array) -> Array:
+  """Attends from one token of each row, [B, H, P], to slots [B, J, S, P]; softmax in float32."""
+  batch, heads, head_dim = q.shape
+  q = q.reshape(batch, keys.shape[1], -1, head_dim)
+  options = {'preferred_element_type': jnp.float32}
+  scores = jnp.einsum('bjgp,bjsp->bjgs', q, keys, **options) * head_dim**-0.5
+  scores = jnp.where(seen[:, None, None, :], scores, -jnp.inf)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  return jnp.einsum('bjgs,bjsp->bjgp', weights, values).reshape(batch, heads, head_dim)
+
+
 def _pad_front(part: Array, count: int) -> Array:
-  """Puts `count` zeros in front of axis 1; none if it is negative."""
-  return jnp.pad(part, ((0, 0), (max(count, 0), 0)) + ((0, 0),) * (part.ndim - 2))
+  """Puts `count` zeros in front of axis 1."""
+  return jnp.pad(part, ((0, 0), (count, 0)) + ((0, 0),) * (part.ndim - 2))

@@ -26,7 +26,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from ssm_moe import sharding
 from ssm_moe.config import RoutingConfig
 from ssm_moe.config.routing import Exchange
-from ssm_moe.layers import dispatch
+from ssm_moe.layers import decode_dispatch, dispatch
 from ssm_moe.layers import exchange as exchange_lib
 from ssm_moe.layers.token_order import TokenOrder
 from ssm_moe.shapes import Array, Bool, Float, Int
@@ -52,13 +52,15 @@ def make_plan(
     config: The kind of dispatch and its capacity.
     num_experts: Matrices there are.
     mask: Tokens outside it take no capacity.
-    drops: If not, a plan that would drop tokens is made dropless.
+    drops: If not, none is dropped: for a step of generation, which has a few tokens.
     exchange: How tokens go to the devices of their experts, where experts are split; if None, the
       matrices of all experts are gathered.
     order: Of the tokens; row after row of the batch if None.
   """
   make = functools.partial(dispatch.make_plan, num_experts=num_experts, drops=drops)
   mesh = sharding.mesh_to_map()
+  if mesh is None and not drops:
+    return decode_dispatch.make_plan(expert_index, config, num_experts=num_experts)
   if mesh is None or config.dispatch == 'dense':
     return make(expert_index, config, mask=mask)
   shards, num_tokens = sharding.token_divisor(mesh), expert_index.shape[0]

@@ -73,8 +73,7 @@ class SSMMixer(nn.Module):
     """
     x = x[:, None]
     decisions = self.routing(x, given=given, drops=False)
-    # One step of the sequential form is the recurrence itself, without chunks to pad.
-    y, state = self.mix(x, decisions, state, None, 'reference')
+    y, state = self.mix(x, decisions, state, None, 'one_token')
     return decisions.scale_output(y)[:, 0], state, decisions.routing
 
   def mix(
@@ -132,16 +131,17 @@ class SSMMixer(nn.Module):
 class _InProjection(Projection):
   """The projection to x and z, which have one parameter, [M, 2, D] or [E, M, 2, D].
 
-  One product for both, except on a GPU: there kernels that XLA knows nothing of read x and z, and
-  write their gradients. It would copy the halves of one product apart, and the gradients together,
-  which takes longer than to read the input twice and to add up its two gradients.
+  One product for both, except of sequences on a GPU: there kernels that XLA knows nothing of read x
+  and z, and write their gradients. It would copy the halves of one product apart, and the gradients
+  together, which takes longer than to read the input twice and to add up its two gradients. Of a
+  single token, nothing but reading the matrix takes time: two products would copy its halves apart.
   """
 
   @nn.compact
   def __call__(
     self, x: Float[Array, 'B L M'], decision: Decision | None = None
   ) -> tuple[Float[Array, 'B L D'], Float[Array, 'B L D']]:
-    if implementation.platform() != 'gpu':
+    if implementation.platform() != 'gpu' or x.shape[1] == 1:
       xz = super().__call__(x, decision)
       return xz[:, :, 0], xz[:, :, 1]
     x = x.astype(self.dtype)

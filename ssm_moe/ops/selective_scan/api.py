@@ -12,21 +12,25 @@ from ssm_moe.ops.selective_scan import (
   associative,
   chunked,
   hand_on,
+  one_token,
   pallas_tpu,
   reference,
   triton_gpu,
 )
 from ssm_moe.shapes import Array, Float, Int
 
-Implementation = Literal['auto', 'reference', 'associative', 'chunked', 'triton_gpu', 'pallas_tpu']
+Implementation = Literal[
+  'auto', 'reference', 'associative', 'chunked', 'triton_gpu', 'pallas_tpu', 'one_token'
+]
 
-# In the order of preference: the kernel for TPUs comes last until a chip has timed it.
+# In the order of preference: the kernel for TPUs comes after all until a chip has timed it.
 _FUNCTIONS = {
   'triton_gpu': triton_gpu.selective_scan,
   'chunked': chunked.selective_scan,
   'associative': associative.selective_scan,
   'reference': reference.selective_scan,
   'pallas_tpu': pallas_tpu.selective_scan,
+  'one_token': one_token.selective_scan,
 }
 
 
@@ -116,7 +120,7 @@ def _run(
   *, x, dt, A, B, C, dt_softplus: bool, implementation: Implementation, **options
 ) -> tuple[Array, Array]:
   candidates = dict.fromkeys(_FUNCTIONS, implementation_lib.always)
-  for kernel in (triton_gpu, pallas_tpu):
+  for kernel in (triton_gpu, pallas_tpu, one_token):
     candidates[kernel.__name__.rpartition('.')[2]] = functools.partial(
       kernel.supports, x, dt, A, B, C, *(options[name] for name in _OPTIONS)
     )

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from ssm_moe.ops import implementation as implementation_lib
 from ssm_moe.ops import sequence_parallel
 from ssm_moe.ops.per_device import per_device
-from ssm_moe.ops.ssd import chunked, hand_on, reference
+from ssm_moe.ops.ssd import chunked, hand_on, one_token, reference
 from ssm_moe.shapes import Array, Float, Int
 
-Implementation = Literal['auto', 'reference', 'chunked']
+Implementation = Literal['auto', 'reference', 'chunked', 'one_token']
 
-_FUNCTIONS = {'chunked': chunked.ssd, 'reference': reference.ssd}
+_FUNCTIONS = {'chunked': chunked.ssd, 'reference': reference.ssd, 'one_token': one_token.ssd}
 
 
 def ssd(
@@ -101,6 +101,7 @@ def _run(
   *, x, dt, A, B, C, dt_softplus: bool, implementation: Implementation, **options
 ) -> tuple[Array, Array]:
   candidates = dict.fromkeys(_FUNCTIONS, implementation_lib.always)
+  candidates['one_token'] = functools.partial(one_token.supports, x)
   name = implementation_lib.select('ssd', implementation, candidates)
   return _FUNCTIONS[name](x, dt, A, B, C, dt_softplus=dt_softplus, **options)
 

@@ -62,8 +62,13 @@ def load(folder: pathlib.Path) -> tuple[ModelConfig, PyTree]:
   except ConfigError as error:
     raise UserError(f'{file}: {error}') from None
   settings.close()
-  tensors = family.tensors(config)
   with weights.Reader(folder) as reader:
+    if config.num_periods > len(reader.names()):
+      # A list of the tensors that are missing would take all memory.
+      raise UserError(
+        f'{file} lists {config.num_periods} layers; there are {len(reader.names())} tensors'
+      )
+    tensors = family.tensors(config)
     names = _check_tensors(reader, config, tensors)
     params = layout.empty_params(config)
     for name, tensor in zip(names, tensors):
@@ -154,7 +159,10 @@ def _check_tensors(
   Raises:
     UserError: one is missing, has another shape or is not of such a model.
   """
-  shapes = layout.param_shapes(config)
+  try:
+    shapes = layout.param_shapes(config)
+  except (OverflowError, ValueError):
+    raise UserError(f'{reader.folder / CONFIG} describes arrays that are too large') from None
   names = []
   left = reader.names()
   for tensor in tensors:

@@ -78,22 +78,14 @@ class Tensor(NamedTuple):
     return np.concatenate([view.reshape(-1, *below) for view in views])
 
 
-class LayerTensor(NamedTuple):
-  """A tensor of one layer's mixer: its name, form and parts below the layer."""
-
-  name: str
-  form: Form
-  parts: tuple[Part, ...]
-
-
 def model_tensors(
-  config: ModelConfig, mixer: list[LayerTensor], *, embedding: str, also: tuple[str, ...] = ()
+  config: ModelConfig, mixer: list[Tensor], *, embedding: str, also: tuple[str, ...] = ()
 ) -> list[Tensor]:
   """Returns the tensors of a stack of mixers, as all families here name them.
 
   Args:
     config: Of the model, all of whose layers are the same mixer.
-    mixer: Of one layer.
+    mixer: Of the mixer of one layer; their names and paths begin there.
     embedding: What the table of embeddings is called.
     also: What else it can be called.
   """

@@ -13,7 +13,7 @@ from ssm_moe.interop.settings import Settings
 def _read(settings: Settings) -> ModelConfig:
   mixer = MambaConfig(
     d_state=settings.size('state_size', 16),
-    dt_rank=settings.rank('time_step_rank'),
+    dt_rank=settings.rank('time_step_rank', settings.size('hidden_size')),
     **transformers_config.read_mixer(settings),
   )
   return transformers_config.read_model(settings, tied=True, pattern='M', mamba=mixer)

@@ -2,13 +2,13 @@
 
 from ssm_moe.config import ModelConfig
 from ssm_moe.interop.family import mixer_of
-from ssm_moe.interop.layout import Form, LayerTensor, Part
+from ssm_moe.interop.layout import Form, Part, Tensor
 
 _X, _Z = 0, 1  # of the axis 'branch' of in_proj
 
 
-def mixer_tensors(config: ModelConfig) -> list[LayerTensor]:
-  """Returns the tensors of a mixer, of the kind that the stack is of."""
+def mixer_tensors(config: ModelConfig) -> list[Tensor]:
+  """Returns the tensors of a mixer, of the kind that the stack is of; names begin there."""
   name, mixer = mixer_of(config)
   make = _mamba if name == 'mamba' else _mamba2
   tensors = make()
@@ -17,14 +17,14 @@ def mixer_tensors(config: ModelConfig) -> list[LayerTensor]:
   return [tensor for tensor in tensors if tensor.name not in left_out]
 
 
-def _mamba() -> list[LayerTensor]:
+def _mamba() -> list[Tensor]:
   return [
     _vector('dt_proj.bias', Part(('dt_bias',))),
-    LayerTensor('A_log', Form.TABLE, (Part(('A_log',)),)),
+    Tensor('A_log', Form.TABLE, (Part(('A_log',)),)),
     _vector('D', Part(('D',))),
     _matrix('in_proj.weight', _branch('kernel', _X), _branch('kernel', _Z)),
     _vector('in_proj.bias', _branch('bias', _X), _branch('bias', _Z)),
-    LayerTensor('conv1d.weight', Form.FILTER, (Part(('conv1d_kernel',)),)),
+    Tensor('conv1d.weight', Form.FILTER, (Part(('conv1d_kernel',)),)),
     _vector('conv1d.bias', Part(('conv1d_bias',))),
     _matrix('x_proj.weight', Part(('x_proj', 'kernel'))),
     _matrix('dt_proj.weight', Part(('dt_proj', 'kernel'))),
@@ -33,7 +33,7 @@ def _mamba() -> list[LayerTensor]:
   ]
 
 
-def _mamba2() -> list[LayerTensor]:
+def _mamba2() -> list[Tensor]:
   def in_proj(leaf):
     # Rows are z, x, B of every group, C of every group, dt.
     below = (Part(('x_proj', leaf)), Part(('dt_proj', leaf)))
@@ -48,7 +48,7 @@ def _mamba2() -> list[LayerTensor]:
     _vector('D', Part(('D',))),
     _matrix('in_proj.weight', *in_proj('kernel')),
     _vector('in_proj.bias', *in_proj('bias')),
-    LayerTensor('conv1d.weight', Form.FILTER, conv1d('kernel')),
+    Tensor('conv1d.weight', Form.FILTER, conv1d('kernel')),
     _vector('conv1d.bias', *conv1d('bias')),
     _vector('norm.weight', Part(('norm', 'scale'))),
     _matrix('out_proj.weight', Part(('out_proj', 'kernel'))),
@@ -56,12 +56,12 @@ def _mamba2() -> list[LayerTensor]:
   ]
 
 
-def _vector(name: str, *parts: Part) -> LayerTensor:
-  return LayerTensor(name, Form.VECTOR, parts)
+def _vector(name: str, *parts: Part) -> Tensor:
+  return Tensor(name, Form.VECTOR, parts)
 
 
-def _matrix(name: str, *parts: Part) -> LayerTensor:
-  return LayerTensor(name, Form.MATRIX, parts)
+def _matrix(name: str, *parts: Part) -> Tensor:
+  return Tensor(name, Form.MATRIX, parts)
 
 
 def _branch(leaf: str, branch: int) -> Part:

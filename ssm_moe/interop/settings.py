@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from ssm_moe.config import MambaConfig
 from ssm_moe.errors import UserError
 
 _REQUIRED = object()
@@ -43,10 +44,13 @@ class Settings:
     values = self._of_kind(key, {}, 'an object', lambda value: isinstance(value, dict))
     return Settings(self._file, values, self._name(key))
 
-  def rank(self, key: str) -> int | None:
-    """Returns the rank of Mamba's step size; None for "auto"."""
+  def rank(self, key: str, d_model: int) -> int | None:
+    """Returns the rank of Mamba's step size; None for its default, d_model / 16 rounded up."""
     self._known.add(key)
-    return None if self._values.get(key, 'auto') == 'auto' else self.size(key)
+    if self._values.get(key, 'auto') == 'auto':
+      return None
+    rank = self.size(key)
+    return None if rank == MambaConfig().rank(d_model) else rank
 
   def only(self, key: str, *allowed: Any) -> Any:
     """Returns the value of a key, which must be one of these; the first if there is no such key."""

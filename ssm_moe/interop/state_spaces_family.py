@@ -28,7 +28,7 @@ def _read(settings: Settings) -> ModelConfig:
   mixer_settings = settings.group('ssm_cfg')
   mixer_settings.ignore(_IGNORED.split())
   if mixer_settings.only('layer', *_LAYERS.values()) == 'Mamba1':
-    layers = {'pattern': 'M', 'mamba': _read_mamba(mixer_settings)}
+    layers = {'pattern': 'M', 'mamba': _read_mamba(mixer_settings, d_model)}
   else:
     layers = {'pattern': 'S', 'mamba2': _read_mamba2(mixer_settings, d_model)}
   mixer_settings.close()
@@ -48,10 +48,10 @@ def _read(settings: Settings) -> ModelConfig:
   )
 
 
-def _read_mamba(settings: Settings) -> MambaConfig:
+def _read_mamba(settings: Settings, d_model: int) -> MambaConfig:
   return MambaConfig(
     d_state=settings.size('d_state', 16),
-    dt_rank=settings.rank('dt_rank'),
+    dt_rank=settings.rank('dt_rank', d_model),
     **_read_mixer(settings),
   )
 

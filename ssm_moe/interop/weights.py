@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 from ssm_moe.errors import UserError
 
 _FILE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
-_PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt')
+_PICKLES = ('pytorch_model*.bin', '*.bin', '*.pt', '*.pth', '*.ckpt')
 # Of the files, and here. Without ml_dtypes NumPy has no bfloat16.
 _DTYPES = {'F32': np.float32, 'BF16': ml_dtypes.bfloat16, 'F16': np.float16}
 # A folder with more than this has several files; so has transformers for long.
@@ -171,11 +172,11 @@ def _file_names(folder: pathlib.Path) -> list[str]:
     return [_FILE]
   index = folder / _INDEX
   if not index.is_file():
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
+    pattern = next((pattern for pattern in _PICKLES if any(folder.glob(pattern))), None)
+    if pattern is not None:
       raise UserError(
-        f'{folder} has its weights in {pickles[0]} only, a pickle, which is never read because it '
-        f'can run code; convert it first: {_conversion(folder / pickles[0])}'
+        f'{folder} has no safetensors but {pattern}, pickles, which are never read because they '
+        f'can run code; convert them first: {_conversion(folder, pattern)}'
       )
     raise UserError(f'{folder}: has neither {_FILE} nor {_INDEX}')
   try:
@@ -188,12 +189,15 @@ def _file_names(folder: pathlib.Path) -> list[str]:
   return names
 
 
-def _conversion(pickle: pathlib.Path) -> str:
-  return (
-    'python -c "import torch; from safetensors.torch import save_file; save_file({name: '
-    f"tensor.clone() for name, tensor in torch.load('{pickle}', weights_only=True).items()}}, "
-    f"'{pickle.parent / _FILE}')\""
+def _conversion(folder: pathlib.Path, pattern: str) -> str:
+  """Returns a command that turns pickles into safetensors, without running code of theirs."""
+  program = (
+    'import glob, torch; from safetensors.torch import save_file; save_file({name: '
+    f'tensor.clone().contiguous() for file in glob.glob({str(folder / pattern)!r}) '
+    'for name, tensor in torch.load(file, weights_only=True).items()}, '
+    f'{str(folder / _FILE)!r})'
   )
+  return f'python -c {shlex.quote(program)}'
 
 
 class _Library(NamedTuple):

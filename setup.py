@@ -25,8 +25,8 @@ _BASE = [
   'tensorboard>=2.19',
   'tqdm',
 ]
-# Hugging Face's formats: tokenizer.json files and Parquet shards.
-_HF = ['pyarrow', 'tokenizers']
+# Hugging Face's formats: weights, tokenizer.json files and Parquet shards.
+_HF = ['pyarrow', 'safetensors', 'tokenizers']
 # tensorflow-datasets reads array_record files without TensorFlow, but needs importlib_resources,
 # which it does not declare.
 _TFDS = ['array_record', 'importlib_resources', 'tensorflow-datasets']
@@ -44,6 +44,8 @@ _TEST = [
   'setuptools',
   'wheel',
 ]
+# What imported models are compared with. Apart, since PyPI's PyTorch brings CUDA along.
+_TEST_TORCH = ['torch', 'transformers>=5']
 
 setuptools.setup(
   name='ssm_moe',
@@ -64,5 +66,6 @@ setuptools.setup(
     'hf': _HF,
     'tfds': _TFDS,
     'test': _TEST + _HF + _TFDS,
+    'test_torch': _TEST_TORCH,
   },
 )

@@ -14,6 +14,7 @@ _RANKS = {
   'errors': 0,
   'shapes': 0,
   'config': 1,
+  'new_folder': 1,
   'command_line': 2,
   'sharding': 2,
   'data': 2,

@@ -9,7 +9,8 @@ import pytest
 from ssm_moe.config import ExperimentConfig, ModelConfig, from_config_dict
 
 _FOLDER = pathlib.Path(__file__).parents[1] / 'experiments' / 'configs'
-FILES = sorted(_FOLDER.rglob('*.py'))
+# One has no config of its own.
+FILES = sorted(path for path in _FOLDER.rglob('*.py') if path.stem != 'of_workdir')
 
 
 def name_of(path: pathlib.Path) -> str:

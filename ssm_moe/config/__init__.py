@@ -30,6 +30,8 @@ from ssm_moe.config.parsing import (
   defaults,
   from_config_dict,
   from_flag,
+  from_json,
+  to_config_dict,
   to_dict,
 )
 from ssm_moe.config.routing import MoEConfig, RoMConfig, RoutingConfig
@@ -57,5 +59,7 @@ __all__ = [
   'defaults',
   'from_config_dict',
   'from_flag',
+  'from_json',
+  'to_config_dict',
   'to_dict',
 ]

@@ -26,6 +26,8 @@ class MambaConfig(Checked):
   d_state: int = 16
   d_conv: int = 4
   dt_rank: int | None = None  # ceil(d_model / 16) if None
+  bias: bool = False  # of the projections to x and z and of the output; experts share it
+  conv_bias: bool = True
   # The step size after softplus is initialised log-uniformly in [dt_min, dt_max].
   dt_min: float = 1e-3
   dt_max: float = 1e-1
@@ -58,6 +60,9 @@ class Mamba2Config(Checked):
   d_state: int = 128
   num_groups: int = 1  # of heads that share B and C
   d_conv: int = 4
+  bias: bool = False  # of all projections; experts share it
+  conv_bias: bool = True
+  norm_epsilon: float = 1e-5  # of the gated norm before the output projection
   # The step size after softplus is initialised log-uniformly in [dt_min, dt_max], and the decay
   # rate -A uniformly in [A_min, A_max].
   dt_min: float = 1e-3
@@ -71,7 +76,7 @@ class Mamba2Config(Checked):
   def __post_init__(self):
     super().__post_init__()
     check_positive(self, 'd_inner', 'expand', 'head_dim', 'd_state', 'num_groups', 'd_conv')
-    check_positive(self, 'dt_min', 'dt_max', 'dt_init_floor', 'A_min', 'A_max')
+    check_positive(self, 'dt_min', 'dt_max', 'dt_init_floor', 'A_min', 'A_max', 'norm_epsilon')
     check(self.dt_min <= self.dt_max, f'dt_min is {self.dt_min}; at most dt_max, {self.dt_max}')
     check(self.A_min <= self.A_max, f'A_min is {self.A_min}; at most A_max, {self.A_max}')
 

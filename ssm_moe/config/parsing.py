@@ -1,6 +1,8 @@
 """Between dataclasses and what users write: config files, flags, JSON."""
 
 import dataclasses
+import json
+import pathlib
 import types
 import typing
 from typing import Any, TypeVar
@@ -9,24 +11,30 @@ from ml_collections import config_dict
 
 from ssm_moe.config.checks import ConfigError, as_kind
 from ssm_moe.config.experiment import ExperimentConfig
+from ssm_moe.errors import UserError
 
 _Dataclass = TypeVar('_Dataclass')
 
 
 def defaults(cls: type = ExperimentConfig) -> config_dict.ConfigDict:
   """Returns every field of `cls` at its default, for a config file to change."""
+  return to_config_dict(cls())
+
+
+def to_config_dict(config: Any) -> config_dict.ConfigDict:
+  """Returns every field of a dataclass, for a config file to change."""
   values = config_dict.ConfigDict()
-  for field in dataclasses.fields(cls):
-    kind = field.type
+  for field in dataclasses.fields(config):
+    kind, value = field.type, getattr(config, field.name)
     if dataclasses.is_dataclass(kind):
-      values[field.name] = defaults(kind)
+      values[field.name] = to_config_dict(value)
     elif isinstance(kind, types.UnionType):
       scalar = typing.get_args(kind)[0]
       values[field.name] = config_dict.placeholder(scalar)
-      if field.default is not None:
-        values[field.name] = field.default
+      if value is not None:
+        values[field.name] = value
     else:
-      values[field.name] = field.default
+      values[field.name] = value
   return values
 
 
@@ -56,6 +64,23 @@ def from_config_dict(
     return cls(**converted)
   except ConfigError as error:
     raise ConfigError(f'{path}.{error}') from None
+
+
+def from_json(file: pathlib.Path) -> ExperimentConfig:
+  """Reads a config.json, as the folder of a run holds it.
+
+  Raises:
+    UserError: it is missing or cannot be understood.
+  """
+  try:
+    values = json.loads(file.read_bytes())
+  except FileNotFoundError:
+    raise UserError(f'{file}: there is no such file') from None
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f'{file}: {error}') from None
+  if not isinstance(values, dict):
+    raise UserError(f'{file}: holds no config')
+  return from_config_dict(values, path=f'{file}: config')
 
 
 def check_key(path: str, rest: str, cls: type = ExperimentConfig) -> Any:

@@ -3,7 +3,7 @@
 Text becomes a folder of tokens once (`text`, `standard_library`, `tfds_source`, `tokenizer`,
 `token_files`), a name becomes a source (`sources`, `synthetic`), documents become windows
 (`packing`), and windows become batches (`pipeline`, `evaluation`). This room is a leaf: it runs no
-model, and imports nothing but `config` and `errors`.
+model, and imports nothing but leaves such as `config` and `errors`.
 """
 
 from ssm_moe.errors import UserError

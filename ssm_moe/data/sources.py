@@ -23,6 +23,7 @@ from ssm_moe.data import DataError, standard_library, synthetic, text, tfds_sour
 from ssm_moe.data.synthetic import SyntheticTask
 from ssm_moe.data.token_files import TokenFolder
 from ssm_moe.data.tokenizer import Tokenizer, load_tokenizer
+from ssm_moe.new_folder import FolderExistsError
 
 Split = Literal['train', 'valid']
 _STDLIB = 'stdlib'
@@ -157,7 +158,7 @@ def _open_text(found: _FoundText, split: Split, cache: pathlib.Path) -> TextSour
     folder = token_files.write_token_folder(
       path, found.documents, tokenizer, source=name, progress=progress
     )
-  except token_files.FolderExistsError:
+  except FolderExistsError:
     # Another process has made the same folder meanwhile.
     folder = token_files.open_token_folder(path)
   progress.end()

@@ -7,23 +7,16 @@
   metadata.json          schema, tokenizer, vocabulary, counts, where the text came from
   tokenizer.json         the tokenizer, if it has a file
 
-A folder appears whole or not at all: it is written under another name and then renamed. What a
-killed process left under the other name, the next one that writes the folder removes. Writing holds
-one batch of documents and 16 bytes a document in memory, whatever the size of the text.
+A folder appears whole or not at all. Writing holds one batch of documents and 16 bytes a document
+in memory, whatever the size of the text.
 """
 
 import array
-import contextlib
 import dataclasses
-import fcntl
-import glob
 import io
 import json
 import os
 import pathlib
-import secrets
-import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -32,18 +25,13 @@ from jaxtyping import Int, UInt
 
 from ssm_moe.data import DataError
 from ssm_moe.data.tokenizer import Tokenizer
+from ssm_moe.new_folder import new_folder
 
 SCHEMA = 1
 _BATCH_CHARACTERS = 1 << 20  # of the documents that are tokenised together
 _BATCH_DOCUMENTS = 1024
 _CHECKED_TOKENS = 1 << 24  # at a time, when a folder is opened
-# A partial folder that is younger may not yet be locked by its writer.
-_UNLOCKED_SECONDS = 2
 _COUNTS = ('vocab_size', 'end_of_text', 'num_tokens', 'num_documents', 'num_bytes')
-
-
-class FolderExistsError(DataError):
-  """The folder to be written exists already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,67 +103,12 @@ def write_token_folder(
 
   Raises:
     FolderExistsError: `path` exists; nothing in it is touched.
-    DataError: there are no documents, one of them cannot be read, or `path` cannot be made.
+    UserError: there are no documents, one of them cannot be read, or `path` cannot be made.
     OSError: the system refuses to write, as on a full disk; `filename` is `path`.
   """
-  path = pathlib.Path(path)
-  exists = FolderExistsError(f'{path} exists already; name another folder, or remove it first')
-  if path.exists():
-    raise exists
-  made = [folder for folder in path.parents if not folder.exists()]
-  partial = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial')
-  try:
-    partial.mkdir(parents=True)
-  except OSError as error:
-    raise DataError(f'{path} cannot be written ({error.strerror})') from None
-  try:
-    with _locked(partial):
-      _remove_abandoned(path)
-      _write_files(partial, documents, tokenizer, source, progress)
-      try:
-        partial.rename(path)
-      except OSError:
-        if not path.exists():
-          raise
-        raise exists from None
-  except BaseException as error:
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder in made:  # the deepest first
-      with contextlib.suppress(OSError):
-        folder.rmdir()
-    ours = isinstance(error, OSError) and str(error.filename or partial).startswith(str(partial))
-    if ours and error.errno is not None:
-      raise OSError(error.errno, error.strerror, str(path)) from None
-    raise
+  with new_folder(path) as partial:
+    _write_files(partial, documents, tokenizer, source, progress)
   return open_token_folder(path)
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[bool]:
-  """Holds a lock on `folder`, which the system frees however the process ends; says if it could.
-
-  A file system without such locks has none held, and none that can be held.
-  """
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      yield False
-    else:
-      yield True
-  finally:
-    os.close(descriptor)
-
-
-def _remove_abandoned(path: pathlib.Path) -> None:
-  """Removes what killed processes have written of `path`."""
-  for partial in path.parent.glob(f'.{glob.escape(path.name)}.*.partial'):
-    with contextlib.suppress(OSError):
-      if time.time() - partial.stat().st_mtime > _UNLOCKED_SECONDS:
-        with _locked(partial) as abandoned:
-          if abandoned:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_files(

@@ -68,9 +68,11 @@ class Mamba(SSMMixer):
       ('conv', 'inner'),
       (config.d_conv, d_inner),
     )
-    self.conv1d_bias = self._param(
-      'conv1d_bias', initializers.linear(config.d_conv), ('inner',), (d_inner,)
-    )
+    self.conv1d_bias = None
+    if config.conv_bias:
+      self.conv1d_bias = self._param(
+        'conv1d_bias', initializers.linear(config.d_conv), ('inner',), (d_inner,)
+      )
     self.dt_bias = self._param(
       'dt_bias',
       initializers.dt_bias(config.dt_min, config.dt_max, config.dt_init_floor),

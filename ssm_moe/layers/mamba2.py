@@ -13,8 +13,6 @@ from ssm_moe.ops.causal_conv1d import causal_conv1d
 from ssm_moe.ops.ssd import ssd
 from ssm_moe.shapes import Array, Float
 
-_NORM_EPSILON = 1e-5
-
 
 class Mamba2State(NamedTuple):
   """What the mixer remembers of the tokens before.
@@ -59,6 +57,8 @@ class Mamba2(SSMMixer):
   (https://arxiv.org/abs/2506.18145).
   """
 
+  biased = frozenset({'conv', 'gate', 'x', 'dt', 'out'})
+
   def setup(self):
     config = self.config
     d_inner, num_heads = config.inner_size(self.d_model), config.num_heads(self.d_model)
@@ -70,14 +70,15 @@ class Mamba2(SSMMixer):
     self.out_proj = self.projection(
       'out', initializers.linear(d_inner, self.output_scale), ('inner', 'embed'), (self.d_model,)
     )
-    self.conv1d = _Convolution(config.d_conv, (d_inner,), ('inner',))
-    self.BC_conv1d = _Convolution(config.d_conv, BC_features, BC_axes)
+    width, bias = config.d_conv, config.conv_bias
+    self.conv1d = _Convolution(width, (d_inner,), ('inner',), bias)
+    self.BC_conv1d = _Convolution(width, BC_features, BC_axes, bias)
     self.dt_bias = self._head_param(
       'dt_bias', initializers.dt_bias(config.dt_min, config.dt_max, config.dt_init_floor)
     )
     self.A_log = self._head_param('A_log', _log_uniform(config.A_min, config.A_max))
     self.D = self._head_param('D', nn.initializers.ones)
-    self.norm = _GatedRMSNorm(config.num_groups)
+    self.norm = _GatedRMSNorm(config.num_groups, config.norm_epsilon)
 
   def mix(self, inputs, decisions, state, segment_ids, scan_implementation):
     """Runs the layer between the decisions and the state."""
@@ -111,21 +112,24 @@ class Mamba2(SSMMixer):
 
 
 class _Convolution(nn.Module):
-  """SiLU of a depthwise causal convolution with bias; the state is flat over the features."""
+  """SiLU of a depthwise causal convolution; the state is flat over the features."""
 
   width: int
   features: tuple[int, ...]
   axes: tuple[str, ...]
+  bias: bool
 
   @nn.compact
   def __call__(self, x: Array, segment_ids: Array | None, state: Array | None):
     init = initializers.linear(self.width)
     kernel = self._param('kernel', init, ('conv', *self.axes), (self.width, *self.features))
-    bias = self._param('bias', init, self.axes, self.features)
+    bias = None
+    if self.bias:
+      bias = self._param('bias', init, self.axes, self.features).reshape(-1)
     y, state = causal_conv1d(
       x.reshape(*x.shape[:2], -1),
       kernel.reshape(self.width, -1),
-      bias.reshape(-1),
+      bias,
       activation='silu',
       segment_ids=segment_ids,
       state=state,
@@ -142,6 +146,7 @@ class _GatedRMSNorm(nn.Module):
   """RMSNorm(y * SiLU(z)) * scale, in float32; each group of channels has statistics of its own."""
 
   num_groups: int
+  epsilon: float
 
   @nn.compact
   def __call__(self, y: Float[Array, 'B L D'], z: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
@@ -150,7 +155,7 @@ class _GatedRMSNorm(nn.Module):
     gated = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
     groups = gated.reshape(*gated.shape[:2], self.num_groups, -1)
     mean_square = jnp.mean(jnp.square(groups), axis=-1, keepdims=True)
-    normed = (groups * jax.lax.rsqrt(mean_square + _NORM_EPSILON)).reshape(gated.shape)
+    normed = (groups * jax.lax.rsqrt(mean_square + self.epsilon)).reshape(gated.shape)
     return (normed * scale[None, None, :]).astype(y.dtype)
 
 

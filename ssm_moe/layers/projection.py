@@ -27,7 +27,7 @@ class Decision(NamedTuple):
 
 
 class Projection(nn.Module):
-  """A linear map without bias; with experts, the sum over those that a token has chosen.
+  """A linear map; with experts, the sum over those that a token has chosen.
 
   Attributes:
     features: Output axes; they stay apart, so that each can be sharded.
@@ -36,6 +36,7 @@ class Projection(nn.Module):
     dtype: Of the product.
     num_experts: E; None has one matrix.
     bottleneck: Width of experts of two matrices with a ReLU between; None has one.
+    bias: Whether something is added to the product: once, whatever the experts and weights.
   """
 
   features: tuple[int, ...]
@@ -44,6 +45,7 @@ class Projection(nn.Module):
   dtype: jnp.dtype
   num_experts: int | None = None
   bottleneck: int | None = None
+  bias: bool = False
 
   @nn.compact
   def __call__(
@@ -53,7 +55,7 @@ class Projection(nn.Module):
     d_in = x.shape[-1]
     if self.num_experts is None:
       kernel = self._kernel('kernel', self.kernel_init, self.axes, (d_in, *self.features))
-      return jnp.einsum('blm,m...->bl...', x, kernel)
+      return self._plus_bias(jnp.einsum('blm,m...->bl...', x, kernel))
 
     if self.bottleneck is None:
       axes = [self.axes]
@@ -72,7 +74,14 @@ class Projection(nn.Module):
       between=jax.nn.relu,
       axes=[('expert', *names) for names in axes],
     )
-    return decision.order.unflatten(y)
+    return self._plus_bias(decision.order.unflatten(y))
+
+  def _plus_bias(self, y):
+    return y + self._bias().astype(y.dtype)[None, None] if self.bias else y
+
+  def _bias(self):
+    boxed = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+    return self.param('bias', boxed, self.features, jnp.float32)
 
   def _experts(self, name, init, shape, axes=None):
     return self._kernel(name, init, ('expert', *(axes or self.axes)), (self.num_experts, *shape))

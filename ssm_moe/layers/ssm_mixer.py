@@ -36,6 +36,9 @@ class SSMMixer(nn.Module):
   dtype: jnp.dtype
   record_routes: bool = False
 
+  # Projections that have a bias if the config says so.
+  biased = frozenset({'conv', 'gate', 'out'})
+
   def __call__(
     self,
     x: Float[Array, 'B L M'],
@@ -101,6 +104,7 @@ class SSMMixer(nn.Module):
         ('embed', 'branch', 'inner'),
         init,
         self.dtype,
+        bias=self.config.bias,
         **rom.experts_of(settings, 'conv'),
       )
     else:
@@ -126,7 +130,9 @@ class SSMMixer(nn.Module):
     features: tuple[int, ...],
   ) -> Projection:
     """Returns the projection `name`, with experts if it is to have them."""
-    return Projection(features, axes, init, self.dtype, **rom.experts_of(self.config.rom, name))
+    bias = self.config.bias and name in self.biased
+    experts = rom.experts_of(self.config.rom, name)
+    return Projection(features, axes, init, self.dtype, bias=bias, **experts)
 
 
 class _InProjection(Projection):
@@ -144,7 +150,13 @@ class _InProjection(Projection):
     if implementation.platform() != 'gpu':
       xz = super().__call__(x, decision)
       return xz[:, :, 0], xz[:, :, 1]
-    x = x.astype(self.dtype)
+    xz = self._products(x.astype(self.dtype), decision)
+    if not self.bias:
+      return xz
+    return tuple(y + bias.astype(y.dtype)[None, None] for y, bias in zip(xz, self._bias()))
+
+  def _products(self, x: Array, decision: Decision | None) -> tuple[Array, Array]:
+    """Returns x and z before the bias, each by a product of its own."""
     shape = (x.shape[-1], *self.features)
     if self.num_experts is None:
       kernel = self._kernel('kernel', self.kernel_init, self.axes, shape)

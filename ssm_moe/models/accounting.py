@@ -97,9 +97,14 @@ def _mixer_routers(rom: RoMConfig, d_model: int, inputs: dict[str, int], decides
   return _router(rom, d_model) if decides else Cost()
 
 
-def _conv(size: int, width: int) -> Cost:
-  params = size * width + size
+def _conv(size: int, width: int, bias: bool) -> Cost:
+  params = size * width + (size if bias else 0)
   return Cost(total_params=params, active_params=params, flops_per_token=2 * size * width)
+
+
+def _bias(config: MambaConfig | Mamba2Config, size: int) -> Cost:
+  """The bias of a mixer's projections, which its experts share."""
+  return _vector(size) if config.bias else Cost()
 
 
 def mamba(config: MambaConfig, d_model: int, decides: bool = True) -> dict[str, Cost]:
@@ -121,9 +126,10 @@ def mamba(config: MambaConfig, d_model: int, decides: bool = True) -> dict[str, 
   return {
     'mamba_projections': _projection(rom, 'conv', d_model, d_inner)
     + _projection(rom, 'gate', d_model, d_inner)
-    + _projection(rom, 'out', d_inner, d_model),
+    + _projection(rom, 'out', d_inner, d_model)
+    + _bias(config, 2 * d_inner + d_model),
     'mamba_router': _mixer_routers(rom, d_model, inputs, decides),
-    'mamba_conv': _conv(d_inner, config.d_conv),
+    'mamba_conv': _conv(d_inner, config.d_conv, config.conv_bias),
     'mamba_selection': selection + _projection(rom, 'dt', rank, d_inner),
     'mamba_scan': Cost(
       total_params=scan_params,
@@ -147,11 +153,13 @@ def mamba2(config: Mamba2Config, d_model: int, decides: bool = True) -> dict[str
   return {
     'mamba2_projections': _projection(rom, 'conv', d_model, d_inner)
     + _projection(rom, 'gate', d_model, d_inner)
-    + _projection(rom, 'out', d_inner, d_model),
+    + _projection(rom, 'out', d_inner, d_model)
+    + _bias(config, 2 * d_inner + d_model),
     'mamba2_router': _mixer_routers(rom, d_model, inputs, decides),
-    'mamba2_conv': _conv(d_inner + selected, config.d_conv),
+    'mamba2_conv': _conv(d_inner + selected, config.d_conv, config.conv_bias),
     'mamba2_selection': _projection(rom, 'x', d_model, selected)
-    + _projection(rom, 'dt', d_model, heads),
+    + _projection(rom, 'dt', d_model, heads)
+    + _bias(config, selected + heads),
     'mamba2_scan': Cost(
       total_params=scan_params,
       active_params=scan_params,

@@ -48,7 +48,9 @@ def with_mean_expert(params: PyTree, config: ModelConfig) -> tuple[PyTree, Model
       continue
     layer = dict(periods[f'layer_{name}'])
     for module in _routed_modules(rom):
-      layer[module] = {key: _with_mean(experts) for key, experts in layer[module].items()}
+      layer[module] = {
+        key: value if key == 'bias' else _with_mean(value) for key, value in layer[module].items()
+      }
     periods[f'layer_{name}'] = layer
   return {**params, 'periods': periods}, _replaced(config, NEVER, only_missing=True)
 

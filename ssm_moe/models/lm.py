@@ -1,6 +1,7 @@
 """The language model: embedding, periods of layers, norm, head."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from ssm_moe.layers.norm import make_norm
 from ssm_moe.layers.router import move_selection_bias
 from ssm_moe.models import block
 from ssm_moe.models.block import Period, PeriodAux, PeriodRoutes, PeriodState, layer_names
-from ssm_moe.shapes import Array, Bool, Float, Int
+from ssm_moe.shapes import Array, Bool, Float, Int, Key, PyTree
 
 
 class LMOutput(struct.PyTreeNode):
@@ -146,6 +147,16 @@ class LM(nn.Module):
 def head_matrix(params: Any, config: ModelConfig) -> Float[Array, 'M V']:
   """Returns the matrix that makes logits of hidden states."""
   return params['embedding'].T if config.tie_embeddings else params['head']
+
+
+def boxed_params(config: ModelConfig, key: Key[Array, '']) -> PyTree:
+  """Returns new parameters in flax boxes with their logical axes.
+
+  Under `jax.eval_shape` they are shapes alone, and under `flax.linen.unbox` without boxes.
+  """
+  groups = [routing.router_groups for routing in config.routings().values()]
+  tokens = jnp.zeros((1, math.lcm(*groups)), jnp.int32)
+  return LM(config).init(key, tokens)['params']
 
 
 def initial_state(config: ModelConfig, batch: int) -> PeriodState:

@@ -189,13 +189,16 @@ class Checkpointer:
       with self._quiet, contextlib.suppress(Exception):
         self._orbax.close()
 
-  def restore(self, template: PyTree, *, partial: bool = False) -> Restored | None:
+  def restore(
+    self, template: PyTree, *, first: PyTree | None = None, partial: bool = False
+  ) -> Restored | None:
     """Restores the newest checkpoint whose every file has its checksum and that Orbax can read.
 
     Writes nothing. The next `save` sets aside what was found damaged here.
 
     Args:
       template: Tree of `jax.ShapeDtypeStruct` (or arrays) with a sharding each, on any mesh.
+      first: In its place for a checkpoint of step 0, which a run does not write itself.
       partial: The checkpoint may hold arrays besides those of the template, for example to restore
         `{'params': ...}` of a whole training state.
 
@@ -207,10 +210,6 @@ class Checkpointer:
         or a newer version of this library wrote it.
     """
     self.wait()
-    targets = _named_leaves(template)
-    for name, target in targets.items():
-      if getattr(target, 'sharding', None) is None:
-        raise ValueError(f'template: {name} has no sharding')
     skipped: dict[int, str] = {}
     # Listed again after each failure: a run that is training may publish and remove meanwhile.
     while True:
@@ -220,6 +219,11 @@ class Checkpointer:
       if step is None:
         break
       folder = self._folder(step)
+      of_step = template if step or first is None else first
+      targets = _named_leaves(of_step)
+      for name, target in targets.items():
+        if getattr(target, 'sharding', None) is None:
+          raise ValueError(f'template: {name} has no sharding')
       try:
         with distributed.agreed(manifest_lib.DamagedError):
           manifest = manifest_lib.read(folder)
@@ -237,7 +241,7 @@ class Checkpointer:
       self._damaged = set(skipped)
       leaves = [state[name] for name in targets]
       return Restored(
-        jax.tree.unflatten(jax.tree.structure(template), leaves),
+        jax.tree.unflatten(jax.tree.structure(of_step), leaves),
         manifest['step'],
         manifest['metadata'],
         list(skipped.values()),

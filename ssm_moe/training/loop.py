@@ -404,7 +404,7 @@ def _restore_or_init(
   config: ExperimentConfig, workdir: pathlib.Path, program: Program, checkpointer: Checkpointer
 ) -> tuple[step_lib.TrainState, Progress, list[str]]:
   """Returns the state and progress to go on from, and what to tell the user of it."""
-  restored = checkpointer.restore(program.template)
+  restored = checkpointer.restore(program.template, first={'params': program.template.params})
   if restored is None:
     notes = distributed.on_first(lambda: workdir_lib.set_aside(workdir))
     return program.init_state(), Progress(), notes
@@ -413,6 +413,10 @@ def _restore_or_init(
       f'config.train.num_steps is {config.train.num_steps}; the run in {workdir} is at step '
       f'{restored.step}, so it must be at least {restored.step}'
     )
+  if restored.step == 0:  # as `first_checkpoint` writes it
+    # Other fields than the model's may have changed: no step was done with them.
+    note = f'begins   with the parameters of {restored.metadata["origin"]}'
+    return program.init_state(restored.state['params']), Progress(), [note]
   known = {field.name for field in dataclasses.fields(Progress)}
   progress = Progress(**{k: v for k, v in restored.metadata.items() if k in known})
   return restored.state, progress, [f'changed  {change}' for change in restored.changes]

@@ -12,6 +12,7 @@ from flax import linen as nn
 from ssm_moe import sharding
 from ssm_moe.config import ExperimentConfig
 from ssm_moe.ops import implementation
+from ssm_moe.shapes import PyTree
 from ssm_moe.training import step as step_lib
 from ssm_moe.training.mesh_checks import check_fits
 from ssm_moe.training.optimizer import make_optimizer
@@ -62,10 +63,19 @@ class Program:
       out_shardings=whole,
     )
 
-  def init_state(self) -> step_lib.TrainState:
-    """Returns the state before the first step, the same on every mesh."""
-    init = jax.jit(lambda key: nn.unbox(self._init(key)), out_shardings=self.state_shardings)
-    return init(jax.random.key(self._seed))
+  def init_state(self, params: PyTree | None = None) -> step_lib.TrainState:
+    """Returns the state before the first step, the same on every mesh.
+
+    Args:
+      params: To begin with, laid out as in `template`; they are donated. New ones if None.
+    """
+
+    def init(key, params):
+      state = nn.unbox(self._init(key))
+      return state if params is None else state.replace(params=params)
+
+    init = jax.jit(init, donate_argnums=1, out_shardings=self.state_shardings)
+    return init(jax.random.key(self._seed), params)
 
   def put(self, batch: dict[str, np.ndarray]) -> step_lib.Batch:
     """Moves this process' rows of a batch to its devices."""

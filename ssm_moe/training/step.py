@@ -1,6 +1,5 @@
 """One training step and one evaluation step: pure functions of state and batch."""
 
-import math
 from collections.abc import Callable
 from typing import Any, no_type_check
 
@@ -73,10 +72,7 @@ def init_train_state(
   config: ExperimentConfig, optimizer: optax.GradientTransformation, key: Array
 ) -> TrainState:
   """Returns the state before the first step; arrays carry their logical axes (flax boxes)."""
-  model = lm.LM(config.model)
-  groups = [routing.router_groups for routing in config.model.routings().values()]
-  tokens = jnp.zeros((1, math.lcm(*groups)), jnp.int32)
-  params = model.init(key, tokens)['params']
+  params = lm.boxed_params(config.model, key)
   carried = config.data.carry_state
   return TrainState(
     step=jnp.zeros((), jnp.int32),

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import jax
 from absl import logging
 
-from ssm_moe.config import ExperimentConfig, from_config_dict, to_dict
+from ssm_moe.config import ExperimentConfig, from_config_dict, from_json, to_dict
 from ssm_moe.errors import UserError
 from ssm_moe.training import distributed, durable
 from ssm_moe.training.metrics import read_metrics
@@ -155,13 +155,7 @@ def read_config(workdir: pathlib.Path) -> ExperimentConfig:
   file = workdir / 'config.json'
   if not file.is_file():
     raise UserError(f'{workdir}: has no config.json; it must be a folder that train.py wrote')
-  try:
-    values = json.loads(file.read_bytes())
-  except (OSError, ValueError) as error:
-    raise UserError(f'{file}: {error}') from None
-  if not isinstance(values, dict):
-    raise UserError(f'{file}: holds no config')
-  return from_config_dict(values, path=f'{file}: config')
+  return from_json(file)
 
 
 def _read_config(workdir: pathlib.Path) -> ExperimentConfig | None:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from ssm_moe.data import DataError, token_files
-from ssm_moe.data.token_files import FolderExistsError, open_token_folder, write_token_folder
+from ssm_moe.data.token_files import open_token_folder, write_token_folder
 from ssm_moe.data.tokenizer import ByteTokenizer, load_tokenizer
+from ssm_moe.errors import UserError
+from ssm_moe.new_folder import FolderExistsError
 
 DOCUMENTS = ['def f():\n', '', 'naïve 🐍', 'x' * 1000, '']
 
@@ -213,7 +215,7 @@ def test_no_documents_and_no_place_are_errors(tmp_path):
   with pytest.raises(DataError, match='no document'):
     write_token_folder(tmp_path / 'tokens', [], ByteTokenizer(), source='test')
   (tmp_path / 'file').touch()
-  with pytest.raises(DataError, match='cannot be written'):
+  with pytest.raises(UserError, match='cannot be written'):
     write_token_folder(tmp_path / 'file' / 'tokens', ['a'], ByteTokenizer(), source='test')
 
 

@@ -26,8 +26,8 @@ _KINDS = {
 }
 
 
-def _mixer(rom, dtype='float32'):
-  config = Mamba2Config(head_dim=_HEAD_DIM, d_state=_D_STATE, num_groups=_GROUPS, rom=rom)
+def _mixer(rom, dtype='float32', **fields):
+  config = Mamba2Config(head_dim=_HEAD_DIM, d_state=_D_STATE, num_groups=_GROUPS, rom=rom, **fields)
   return mamba2_lib.Mamba2(
     config,
     _D_MODEL,
@@ -61,7 +61,7 @@ def _silu(v):
 
 def _published_block(u, params):
   """The block as published, on packed weights (z, x, B, C, dt), one token at a time, in float64."""
-  zxBCdt = u @ params['in_proj']
+  zxBCdt = u @ params['in_proj'] + params['in_proj.bias']
   z, xBC, dt = np.split(zxBCdt, [_D_INNER, zxBCdt.shape[-1] - _HEADS], axis=-1)
   padded = np.pad(xBC, ((_WIDTH - 1, 0), (0, 0)))
   xBC = np.stack(
@@ -82,21 +82,27 @@ def _published_block(u, params):
       h[i] = np.exp(dt[t, i] * A[i]) * h[i] + dt[t, i] * np.outer(x_t[i], B_t[group])
       y[i] = h[i] @ C_t[group] + params['D'][i] * x_t[i]
     gated = (y.reshape(-1) * _silu(z[t])).reshape(_GROUPS, -1)
-    normed = gated / np.sqrt(np.mean(gated**2, axis=-1, keepdims=True) + 1e-5)
-    outputs.append(normed.reshape(-1) * params['norm.weight'] @ params['out_proj'])
+    normed = gated / np.sqrt(np.mean(gated**2, axis=-1, keepdims=True) + _EPSILON)
+    normed = normed.reshape(-1) * params['norm.weight']
+    outputs.append(normed @ params['out_proj'] + params['out_proj.bias'])
   return np.stack(outputs)
 
 
 def _packed(params):
   """Returns our parameters in the published block's layout."""
-  in_proj = params['in_proj']['kernel']
-  parts = [in_proj[:, 1], in_proj[:, 0], params['x_proj']['kernel'], params['dt_proj']['kernel']]
+
+  def in_proj(name, *lead):
+    xz, BC, dt = (params[module][name] for module in ('in_proj', 'x_proj', 'dt_proj'))
+    x, z = np.moveaxis(xz, len(lead), 0)
+    return np.concatenate([part.reshape(*lead, -1) for part in (z, x, BC, dt)], axis=-1)
+
   conv = {
     name: np.concatenate([params[conv][name].reshape(*lead, -1) for conv in _CONVS], axis=-1)
     for name, lead in (('kernel', (_WIDTH,)), ('bias', ()))
   }
   return {
-    'in_proj': np.concatenate([part.reshape(_D_MODEL, -1) for part in parts], axis=-1),
+    'in_proj': in_proj('kernel', _D_MODEL),
+    'in_proj.bias': in_proj('bias'),
     'conv1d.weight': conv['kernel'],
     'conv1d.bias': conv['bias'],
     'dt_bias': params['dt_bias'],
@@ -104,15 +110,18 @@ def _packed(params):
     'D': params['D'],
     'norm.weight': params['norm']['scale'],
     'out_proj': params['out_proj']['kernel'],
+    'out_proj.bias': params['out_proj']['bias'],
   }
 
 
 _CONVS = ('conv1d', 'BC_conv1d')
+_EPSILON = 1e-3  # not the default
 
 
 def test_equals_the_published_block_in_parameters_and_function(rng):
-  module, variables, x = _built('dense')
-  params = nn.unbox(variables)['params']
+  module = _mixer(RoMConfig(), bias=True, norm_epsilon=_EPSILON)
+  x = jax.random.normal(rng, (_BATCH, _LENGTH, _D_MODEL))
+  params = nn.unbox(jax.jit(module.init)(rng, x))['params']
   # Away from the initial values, where D, scale and decays would hide a mistake.
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(rng, len(leaves))

@@ -31,9 +31,9 @@ _KINDS = {
 }
 
 
-def _mixer(rom, dtype='float32'):
+def _mixer(rom, dtype='float32', **fields):
   return mamba_lib.Mamba(
-    MambaConfig(d_state=4, rom=rom),
+    MambaConfig(d_state=4, rom=rom, **fields),
     _D_MODEL,
     router_init=initializers.linear,
     output_scale=1.0,
@@ -125,8 +125,8 @@ _ROUTED = {
 }
 
 
-def _routed(**fields):
-  return _mixer(RoMConfig(**({'kind': 'shared', 'num_experts': 4} | fields)))
+def _routed(bias=False, **fields):
+  return _mixer(RoMConfig(**({'kind': 'shared', 'num_experts': 4} | fields)), bias=bias)
 
 
 _SLOW = ('renormalized', 'straight_through', 'independent', 'bottleneck', 'capacity')
@@ -172,6 +172,10 @@ def _of_equal_experts(dense, routed, rng, x):
   """Parameters of both, every expert of the routed one a copy of the dense matrix."""
   variables = nn.unbox(jax.jit(dense.init)(rng, x))
   params = {**variables['params']}
+  for name in ('in_proj', 'out_proj') if dense.config.bias else ():
+    bias = jax.random.normal(rng, params[name]['bias'].shape)  # which is zero at first
+    params[name] = params[name] | {'bias': bias}
+  variables = {'params': {**params}}
   own = nn.unbox(jax.jit(routed.init)(rng, x))['params']
   params['routing'] = own['routing']
   if 'conv_proj' in own:
@@ -191,12 +195,14 @@ def test_equal_experts_are_the_dense_mixer_times_the_router_weight(rng, name):
   # With one set of weights in every expert the routed layer is the dense one, its output scaled
   # once by the probability of the chosen expert; not at all with a forward value of 1.
   x = jax.random.normal(rng, (_BATCH, _LENGTH, _D_MODEL))
-  routed = _routed(**_ROUTED.get(name, {}))
-  variables, params = _of_equal_experts(_mixer(_KINDS['dense']), routed, rng, x)
+  # A bias is added once, whatever the experts.
+  bias = name == 'straight_through'
+  dense, routed = _mixer(_KINDS['dense'], bias=bias), _routed(bias, **_ROUTED.get(name, {}))
+  variables, params = _of_equal_experts(dense, routed, rng, x)
   y = _apply(routed, params, x)[0]
   logits = x @ params['params']['routing']['router']['kernel']
   weight = jax.nn.softmax(logits).max(axis=-1, keepdims=True)
-  expected = _apply(_mixer(_KINDS['dense']), variables, x)[0]
+  expected = _apply(dense, variables, x)[0]
   if name != 'straight_through':
     expected = expected * weight
   tolerances.assert_close(y, expected, rtol=tolerances.FLOAT32_REORDERED)

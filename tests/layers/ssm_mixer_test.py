@@ -31,7 +31,7 @@ def _project_in(mixer, x):
 )
 def test_products_apart_on_a_gpu_equal_one_product(rng, rom):
   mixer = Mamba(
-    config=MambaConfig(rom=rom),
+    config=MambaConfig(rom=rom, bias=True),
     d_model=_D_MODEL,
     router_init=initializers.linear,
     output_scale=1.0,

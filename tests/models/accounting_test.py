@@ -148,16 +148,17 @@ _ROMS = {
 }
 
 
+@pytest.mark.parametrize('biases', [{}, {'bias': True, 'conv_bias': False}], ids=['usual', 'other'])
 @pytest.mark.parametrize('name', _ROMS)
-def test_equals_the_tree_of_every_kind_of_layer(name):
+def test_equals_the_tree_of_every_kind_of_layer(name, biases):
   rom = RoMConfig(**({'kind': 'shared', 'num_experts': 4} | _ROMS[name]))
   config = ModelConfig(
     vocab_size=50,
     d_model=16,
     num_periods=2,
     pattern='M+E S F m A s W M E',
-    mamba=MambaConfig(rom=rom),
-    mamba2=Mamba2Config(head_dim=4, d_state=6, num_groups=2, rom=rom),
+    mamba=MambaConfig(rom=rom, **biases),
+    mamba2=Mamba2Config(head_dim=4, d_state=6, num_groups=2, rom=rom, **biases),
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=4),
     mlp=MLPConfig(activation='swiglu'),
     moe=MoEConfig(num_experts=4, num_shared_experts=1, selection_bias_rate=0.1),

@@ -26,7 +26,7 @@ def model_config(pattern='M', **fields):
 
 CONFIGS = {
   'shared': model_config(
-    mamba=MambaConfig(d_state=4, scan_implementation='reference', rom=rom(top_k=2))
+    mamba=MambaConfig(d_state=4, scan_implementation='reference', bias=True, rom=rom(top_k=2))
   ),
   'independent': model_config(
     mamba=MambaConfig(

@@ -246,9 +246,7 @@ def _shortest(config: ModelConfig, periods: list[list[str]]) -> dict[str, Any]:
 
 def _fresh(config: ModelConfig, key: Array) -> PyTree:
   """Returns initial parameters; jitted, only those that are used are made."""
-  groups = [routing.router_groups for routing in config.routings().values()]
-  tokens = jnp.zeros((1, math.lcm(*groups)), jnp.int32)
-  return nn.unbox(lm.LM(config).init(key, tokens)['params'])
+  return nn.unbox(lm.boxed_params(config, key))
 
 
 def _apart(config: ModelConfig, params: PyTree) -> list[_Group]:
@@ -289,20 +287,20 @@ def _with_experts(
     noise: Key and relative deviation.
   """
   layer = dict(layer)
-  kernels = {}
-  for name in ('conv', 'gate') * (not one_in_projection(before)) + ('out', 'x', 'dt'):
-    kernels[name] = layer.pop(f'{name}_proj')['kernel']
   if one_in_projection(before):
-    kernels['conv'], kernels['gate'] = jnp.moveaxis(layer.pop('in_proj')['kernel'], -2, 0)
+    both = layer.pop('in_proj')
+    for i, name in enumerate(('conv', 'gate')):
+      layer[f'{name}_proj'] = jax.tree.map(lambda leaf, i=i: leaf[..., i, :], both)
   routed = () if before.kind == 'none' else before.expert_projections
   for i, name in enumerate(_PROJECTIONS):
     if name in after.expert_projections and name not in routed:
-      key = jax.random.fold_in(noise[0], i)
-      kernels[name] = _copies(kernels[name], after.num_experts, key, noise[1])
+      # A bias is shared by the experts.
+      module, key = layer[f'{name}_proj'], jax.random.fold_in(noise[0], i)
+      kernel = _copies(module['kernel'], after.num_experts, key, noise[1])
+      layer[f'{name}_proj'] = module | {'kernel': kernel}
   if one_in_projection(after):
-    both = jnp.stack([kernels.pop('conv'), kernels.pop('gate')], axis=-2)
-    layer['in_proj'] = {'kernel': both}
-  layer |= {f'{name}_proj': {'kernel': kernel} for name, kernel in kernels.items()}
+    halves = layer.pop('conv_proj'), layer.pop('gate_proj')
+    layer['in_proj'] = jax.tree.map(lambda *two: jnp.stack(two, axis=-2), *halves)
   return layer | {'routing': _small(fresh['routing']) | layer.get('routing', {})}
 
 

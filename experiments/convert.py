@@ -2,13 +2,16 @@
 
 python experiments/convert.py --from=models/mamba-130m-hf --to=runs/mamba-130m
 
---from is looked at to see which it is. A workdir made so holds config.json, the parameters as the
-checkpoint of step 0, and tokenizer.json if the folder has one; train.py goes on from it, and what
-reads a run reads it. The last line on standard output is a JSON object.
+--from is looked at to see which it is. A workdir that is made so holds config.json, the parameters
+as the checkpoint of step 0, and tokenizer.json if there is one: train.py goes on from it, and what
+reads a run reads it. Of a workdir, the newest checkpoint is taken. Folders hold safetensors, as of
+transformers (mamba, mamba2) or of state-spaces; pickles are never read. The last line on standard
+output is a JSON object.
 """
 
 import json
 import pathlib
+import sys
 from typing import NamedTuple
 
 from absl import flags
@@ -18,7 +21,8 @@ from ssm_moe import command_line
 with command_line.loading():
   import jax
 
-  from ssm_moe.config import DataConfig, ExperimentConfig
+  from ssm_moe.config import ExperimentConfig
+  from ssm_moe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
   from ssm_moe.errors import UserError
   from ssm_moe.interop import huggingface
   from ssm_moe.shapes import PyTree
@@ -30,7 +34,13 @@ _FROM = flags.DEFINE_string(
 )
 _TO = flags.DEFINE_string('to', None, 'The folder to write; must not exist.')
 _TOKENIZER = flags.DEFINE_string(
-  'tokenizer', None, 'A tokenizer.json to take along; that of --from if not given.'
+  'tokenizer', None, "A tokenizer.json to take along in place of that of --from; 'none' for none."
+)
+_FORMAT = flags.DEFINE_enum(
+  'format', 'transformers', ['transformers', 'state_spaces'], 'Of the Hugging Face folder to write.'
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'Of its tensors; bfloat16 rounds the parameters.'
 )
 
 
@@ -40,15 +50,13 @@ class Source(NamedTuple):
   Attributes:
     experiment: The config of a run; of a Hugging Face folder, its model and defaults.
     params: Of the model.
-    tokenizer: Contents of a tokenizer.json; None if there is none.
-    is_workdir: Whether it is the folder of a run.
+    tokenizer: The tokenizer of the model; None if there is none to take along.
     origin: What it is, in a few words.
   """
 
   experiment: ExperimentConfig
   params: PyTree
-  tokenizer: bytes | None
-  is_workdir: bool
+  tokenizer: Tokenizer | None
   origin: str
 
 
@@ -57,48 +65,84 @@ def check_flags() -> tuple[pathlib.Path, pathlib.Path]:
   for flag in (_FROM, _TO):
     if not flag.value:
       raise UserError(f'--{flag.name} is not given')
-  command_line.check_new_output(_TO.name, _TO.value)
   folder = pathlib.Path(_FROM.value)
-  if not (folder / 'config.json').is_file():
+  if not (folder / huggingface.CONFIG).is_file():
     raise UserError(
-      f'--from={folder}: has no config.json; it must be a Hugging Face folder or a run'
+      f'--from={folder}: has no {huggingface.CONFIG}; it must be a Hugging Face folder, or one '
+      'that train.py or convert.py wrote'
     )
+  command_line.check_new_output(_TO.name, _TO.value)
   return folder, pathlib.Path(_TO.value)
 
 
-def read(folder: pathlib.Path) -> Source:
-  """Reads a Hugging Face folder or the folder of a run, whichever it is."""
-  if huggingface.is_model(folder):
-    model, params = huggingface.load(folder)
-    experiment = ExperimentConfig(model=model)
-    tokenizer = folder / first_checkpoint.TOKENIZER
-    origin = f'the Hugging Face folder {folder}'
-  else:
-    experiment = workdir_lib.read_config(folder)
-    params, step = trained.read_params(folder, experiment)
-    tokenizer = pathlib.Path(experiment.data.tokenizer)
-    origin = f'{folder} at step {step}'
+def read_model(folder: pathlib.Path) -> Source:
+  """Reads a Hugging Face folder."""
+  tokenizer = _load_tokenizer(folder / huggingface.TOKENIZER)
+  if tokenizer is None:
+    print(f'{folder}: no tokenizer is taken along; --tokenizer gives one', file=sys.stderr)
+  model, params = huggingface.load(folder)
+  experiment = ExperimentConfig(model=model)
+  return Source(experiment, params, tokenizer, f'the Hugging Face folder {folder}')
+
+
+def read_workdir(folder: pathlib.Path) -> Source:
+  """Reads the folder of a run."""
+  experiment = workdir_lib.read_config(folder)
+  tokenizer = _load_tokenizer(experiment.data.tokenizer)
+  if isinstance(tokenizer, ByteTokenizer) and experiment.model.vocab_size < tokenizer.vocab_size:
+    tokenizer = None  # the default of a model that was made without
+  params, step = trained.read_params(folder, experiment)
+  return Source(experiment, params, tokenizer, f'step {step} in {folder}')
+
+
+def _load_tokenizer(own: str | pathlib.Path) -> Tokenizer | None:
+  if _TOKENIZER.value == 'none':
+    return None
   if _TOKENIZER.value is not None:
-    tokenizer = pathlib.Path(_TOKENIZER.value)
-  contents = None
-  if experiment.data.tokenizer != DataConfig.tokenizer or tokenizer.is_file():
-    contents = tokenizer.read_bytes()
-  return Source(experiment, params, contents, not huggingface.is_model(folder), origin)
+    return load_tokenizer(_TOKENIZER.value)
+  absent = isinstance(own, pathlib.Path) and not own.exists()
+  return None if absent else load_tokenizer(str(own))
+
+
+def check_vocabulary(source: Source) -> None:
+  """Checks that the model has every id of the tokenizer."""
+  vocab_size, tokenizer = source.experiment.model.vocab_size, source.tokenizer
+  if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+    raise UserError(
+      f'{source.origin}: tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, the '
+      f'model {vocab_size} tokens; give another by --tokenizer, or none'
+    )
 
 
 def main() -> None:
   folder, target = check_flags()
-  source = read(folder)
-  if source.is_workdir:
-    huggingface.save(target, source.experiment.model, source.params, tokenizer=source.tokenizer)
+  exported = not huggingface.is_model(folder)
+  family = None if _FORMAT.value == 'transformers' else _FORMAT.value
+  if exported:
+    huggingface.check_savable(workdir_lib.read_config(folder).model, family)
+  source = (read_workdir if exported else read_model)(folder)
+  check_vocabulary(source)
+  tokenizer = source.tokenizer
+  contents = tokenizer and tokenizer.serialized
+  if exported:
+    huggingface.save(
+      target,
+      source.experiment.model,
+      source.params,
+      family=family,
+      dtype=_DTYPE.value,
+      tokenizer=contents,
+      end_of_text=tokenizer and tokenizer.end_of_text,
+    )
   else:
     first_checkpoint.write(
-      target, source.experiment, source.params, origin=source.origin, tokenizer=source.tokenizer
+      target, source.experiment, source.params, origin=source.origin, tokenizer=contents
     )
   result = {
     'from': str(folder),
     'to': str(target),
     'parameters': sum(leaf.size for leaf in jax.tree.leaves(source.params)),
+    'tokenizer': tokenizer and tokenizer.name,
   }
   print(json.dumps(result))
 

@@ -25,8 +25,6 @@ from ssm_moe.training import durable
 from ssm_moe.training import workdir as workdir_lib
 from ssm_moe.training.checkpoint import Checkpointer
 
-TOKENIZER = 'tokenizer.json'
-
 
 def write(
   workdir: pathlib.Path,
@@ -53,12 +51,12 @@ def write(
   """
   check_params(experiment, params)
   if tokenizer is not None:
-    data = dataclasses.replace(experiment.data, tokenizer=str(workdir / TOKENIZER))
+    data = dataclasses.replace(experiment.data, tokenizer=str(workdir / workdir_lib.TOKENIZER))
     experiment = dataclasses.replace(experiment, data=data)
   with new_folder(workdir) as folder:
     try:
       if tokenizer is not None:
-        durable.write(folder / TOKENIZER, tokenizer)
+        durable.write(folder / workdir_lib.TOKENIZER, tokenizer)
       workdir_lib.write_config(folder, experiment)
       with Checkpointer(
         folder / 'checkpoints', config=to_dict(experiment), keep_last=1

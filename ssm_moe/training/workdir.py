@@ -8,6 +8,7 @@ the lock itself belongs to the kernel, so that a kill frees it.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -26,6 +27,7 @@ from ssm_moe.training import distributed, durable
 from ssm_moe.training.metrics import read_metrics
 
 _FILES = ('config.json', 'metrics.jsonl', 'loss.png', 'expert_load.png')
+TOKENIZER = 'tokenizer.json'  # of a run that keeps its own
 _FOLDERS = ('checkpoints', 'tensorboard')
 # A network file system may show a new file only when its cache is a few seconds old.
 _SEEN_SECONDS = 20
@@ -147,7 +149,7 @@ def write_config(workdir: pathlib.Path, config: ExperimentConfig) -> None:
 
 
 def read_config(workdir: pathlib.Path) -> ExperimentConfig:
-  """Reads WORKDIR/config.json of a run.
+  """Reads WORKDIR/config.json of a run; a tokenizer in the folder is found where that is now.
 
   Raises:
     UserError: it is missing or cannot be understood.
@@ -155,7 +157,12 @@ def read_config(workdir: pathlib.Path) -> ExperimentConfig:
   file = workdir / 'config.json'
   if not file.is_file():
     raise UserError(f'{workdir}: has no config.json; it must be a folder that train.py wrote')
-  return from_json(file)
+  experiment = from_json(file)
+  named, own = pathlib.Path(experiment.data.tokenizer), workdir / TOKENIZER
+  if named.name == TOKENIZER and not named.exists() and own.is_file():
+    data = dataclasses.replace(experiment.data, tokenizer=str(own))
+    experiment = dataclasses.replace(experiment, data=data)
+  return experiment
 
 
 def _read_config(workdir: pathlib.Path) -> ExperimentConfig | None:

@@ -1,7 +1,9 @@
 """Turns a Hugging Face folder into a workdir, or a workdir into a Hugging Face folder.
 
 python experiments/convert.py --from=models/mamba-130m-hf --to=runs/mamba-130m
+python experiments/convert.py --from=runs/mamba-130m --upcycle=rom --to=runs/rom-130m
 
+With --upcycle either becomes a workdir whose model has experts, and computes what it did.
 --from is looked at to see which it is. A workdir that is made so holds config.json, the parameters
 as the checkpoint of step 0, and tokenizer.json if there is one: train.py goes on from it, and what
 reads a run reads it. Of a workdir, the newest checkpoint is taken. Folders hold safetensors, as of
@@ -24,7 +26,7 @@ with command_line.loading():
   from ssm_moe.config import ExperimentConfig
   from ssm_moe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
   from ssm_moe.errors import UserError
-  from ssm_moe.interop import huggingface
+  from ssm_moe.interop import huggingface, upcycle_flags
   from ssm_moe.shapes import PyTree
   from ssm_moe.training import first_checkpoint, trained
   from ssm_moe.training import workdir as workdir_lib
@@ -116,11 +118,16 @@ def check_vocabulary(source: Source) -> None:
 
 def main() -> None:
   folder, target = check_flags()
-  exported = not huggingface.is_model(folder)
+  upcycled, is_model = upcycle_flags.requested(), huggingface.is_model(folder)
+  exported = not (is_model or upcycled)
   family = None if _FORMAT.value == 'transformers' else _FORMAT.value
   if exported:
     huggingface.check_savable(workdir_lib.read_config(folder).model, family)
-  source = (read_workdir if exported else read_model)(folder)
+  source = (read_model if is_model else read_workdir)(folder)
+  if upcycled:
+    experiment, params, done = upcycle_flags.upcycled(source.experiment, source.params)
+    origin = f'{source.origin}, {done}'
+    source = source._replace(experiment=experiment, params=params, origin=origin)
   check_vocabulary(source)
   tokenizer = source.tokenizer
   contents = tokenizer and tokenizer.serialized

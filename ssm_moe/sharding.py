@@ -38,6 +38,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ('rank', None),
   ('conv', None),
   ('router', None),
+  ('adapter', None),  # the low rank
 )
 
 

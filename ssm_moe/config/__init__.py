@@ -11,6 +11,7 @@ from ssm_moe.config.checks import ConfigError
 from ssm_moe.config.experiment import (
   DataConfig,
   ExperimentConfig,
+  LoRAConfig,
   MeshConfig,
   OptimizerConfig,
   SampleConfig,
@@ -42,6 +43,7 @@ __all__ = [
   'ConfigError',
   'DataConfig',
   'ExperimentConfig',
+  'LoRAConfig',
   'MLPConfig',
   'Mamba2Config',
   'MambaConfig',

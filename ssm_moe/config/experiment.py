@@ -1,4 +1,4 @@
-"""A whole experiment: model, data, optimizer, training, mesh, sample."""
+"""A whole experiment: model, data, optimizer, adapters, training, mesh, sample."""
 
 import dataclasses
 from typing import Literal
@@ -61,9 +61,16 @@ class OptimizerConfig(Checked):
   # matrices: not on A_log, D, norms and biases; all: on every parameter, as both papers did.
   decay_mask: Literal['matrices', 'all'] = 'matrices'
   clip_norm: float | None = 1.0
+  # Parameters that are trained and that are not, by patterns on their paths in the model, such as
+  # 'embedding' or '*/out_proj/*' (* is any text): all if train_only is empty, less those of freeze.
+  # What is frozen has no moments, and does not count in the gradient's norm.
+  train_only: tuple[str, ...] = ()
+  freeze: tuple[str, ...] = ()
 
   def __post_init__(self):
     super().__post_init__()
+    for name in ('train_only', 'freeze'):
+      check(all(getattr(self, name)), f'{name} holds an empty pattern')
     check_positive(self, 'peak_learning_rate', 'epsilon', 'clip_norm')
     check_not_negative(self, 'weight_decay')
     check_fraction(self, 'warmup_fraction', 'decay_fraction', 'final_learning_rate_ratio')
@@ -78,23 +85,53 @@ class OptimizerConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig(Checked):
+  """Low-rank adapters, W + alpha / rank * down up: they alone are trained, the model is frozen.
+
+  LoRA (https://arxiv.org/abs/2106.09685). Each expert has adapters of its own.
+  """
+
+  rank: int = 0  # at most that of the matrix; 0 has no adapters
+  alpha: float = 16.0
+  # Patterns on the paths of matrices in the model; these are all projections of mixers.
+  targets: tuple[str, ...] = ('*_proj/kernel',)
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_not_negative(self, 'rank')
+    check_positive(self, 'alpha')
+    check(bool(self.targets), 'targets is empty; name at least one')
+    check(all(self.targets), 'targets holds an empty pattern')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(Checked):
   seed: int = 0
+  # Workdir of a run whose parameters this one starts from, at step 0: those of its newest
+  # checkpoint, or of its best if it has early_stopping_patience.
+  initialize_from: str | None = None
   num_steps: int = 1000
   batch_size: int = 16  # sequences a step, over all devices and accumulation steps
   sequence_length: int = 512  # tokens
   # A step's batch is cut in this many parts, one after the other. Routing, its losses and its
   # capacity are counted in each part on its own.
   accumulation_steps: int = 1
+  dropout: float = 0.0  # of each layer's output before it joins the stream; in training only
   loss_chunk: int = 4096  # tokens whose float32 logits exist at one time
   log_every: int = 10  # steps
   eval_every: int = 250  # steps
   eval_tokens: int | None = None  # at most about this many, in whole documents; all if None
   checkpoint_every: int = 250  # steps
   keep_checkpoints: int = 2  # the last ones; the best is kept besides
+  # Evaluations in a row without a lower validation loss that end the run; None never does. Each
+  # evaluation with a lower one is a checkpoint, and what reads the run later takes the best.
+  early_stopping_patience: int | None = None
 
   def __post_init__(self):
     super().__post_init__()
+    check(self.initialize_from != '', 'initialize_from is empty; it must be the workdir of a run')
+    check(0 <= self.dropout < 1, f'dropout is {self.dropout}; it must be at least 0 and below 1')
+    check_positive(self, 'early_stopping_patience')
     check_positive(self, 'num_steps', 'batch_size', 'sequence_length', 'accumulation_steps')
     check_positive(self, 'loss_chunk', 'log_every', 'eval_every', 'eval_tokens')
     check_positive(self, 'checkpoint_every', 'keep_checkpoints')
@@ -141,6 +178,15 @@ class ExperimentConfig(Checked):
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
+  lora: LoRAConfig = LoRAConfig()
   train: TrainConfig = TrainConfig()
   mesh: MeshConfig = MeshConfig()
   sample: SampleConfig = SampleConfig()
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ('train_only', 'freeze') * bool(self.lora.rank):
+      check(
+        not getattr(self.optimizer, name),
+        f'optimizer.{name} is set; with lora.rank the adapters alone are trained, it must be empty',
+      )

@@ -16,8 +16,10 @@ class RoutingConfig(Checked):
   num_experts: int = 8
   top_k: int = 1
   score: Literal['softmax', 'sigmoid'] = 'softmax'
-  # raw: the score itself, as in both papers; renormalized: divided by the sum over the chosen.
-  weights: Literal['raw', 'renormalized'] = 'raw'
+  # raw: the score itself, as in both papers; renormalized: divided by the sum over the chosen;
+  # uniform: 1 / top_k with the gradient of the score, so that experts which are all equal are
+  # together the dense layer that each is a copy of (`interop/upcycle.py`).
+  weights: Literal['raw', 'renormalized', 'uniform'] = 'raw'
   # Balance without a loss: a bias that only the selection sees rises by this much a step for an
   # expert with less than its share, and falls for one with more. 0 has no bias; 1e-3 is usual.
   selection_bias_rate: float = 0.0
@@ -49,7 +51,7 @@ class RoutingConfig(Checked):
     check(
       not (self.weights == 'renormalized' and self.top_k == 1),
       'weights is renormalized; with top_k 1 every weight would be 1 and the router would learn '
-      'nothing, it must be raw',
+      'nothing, it must be raw or uniform',
     )
 
 
@@ -69,9 +71,10 @@ class RoMConfig(RoutingConfig):
   kind: Literal['none', 'shared', 'period', 'independent'] = 'none'
   # conv: to x; gate: to z; x: to B and C (Mamba-1: and to dt's low rank); dt: to dt.
   expert_projections: tuple[Projection, ...] = ('conv', 'gate', 'out')
-  # out: the weight multiplies the output projection (of a dense one, the mixer's output); each:
-  # every routed projection; straight_through: as out, or as each when independent, with a forward
-  # value of 1 and the gradient of the score.
+  # out: the weight multiplies the output projection (of a dense one, the mixer's output), others
+  # are the sum over the chosen experts, or the mean with uniform weights; each: every routed
+  # projection; straight_through: as out, or as each when independent, with a forward value of 1 and
+  # the gradient of the score.
   weight_at: Literal['out', 'each', 'straight_through'] = 'out'
   # Width of two-matrix ReLU experts, as in MoE-Mamba's code; None has experts of one matrix.
   bottleneck: int | None = None
@@ -88,6 +91,11 @@ class RoMConfig(RoutingConfig):
       not (self.kind == 'independent' and self.weight_at == 'out'),
       'weight_at is out; independent routers learn through their own projections, it must be each '
       'or straight_through',
+    )
+    check(
+      not (self.weight_at == 'straight_through' and self.weights == 'uniform'),
+      'weights is uniform; weight_at straight_through has a value of its own, it must be out or '
+      'each',
     )
 
 
@@ -118,6 +126,11 @@ class MoEConfig(RoutingConfig):
     check(
       not (self.choice == 'expert' and self.routing == 'mixer'),
       'choice is expert; with routing by the mixer it must be token',
+    )
+    check(
+      not (self.choice == 'expert' and self.weights == 'uniform'),
+      'weights is uniform, by the number of experts that a token chose; with choice expert it must '
+      'be raw',
     )
     check(
       not (self.choice == 'expert' and self.selection_bias_rate),

@@ -112,7 +112,7 @@ class Decisions:
       routing, plan = self._decide(projection, x)
       return Decision(plan, self._weights(routing), self._order)
     weighted = projection == 'out' or self._rom.weight_at == 'each'
-    weights = self._weights(self.routing) if weighted else None
+    weights = self._weights(self.routing) if weighted else self._mean_weights(self.routing)
     return Decision(self._plan, weights, self._order)
 
   def scale_output(self, y: Float[Array, 'B L M']) -> Float[Array, 'B L M']:
@@ -154,3 +154,9 @@ class Decisions:
     if self._rom.weight_at == 'straight_through':
       return weights + jax.lax.stop_gradient(1 - weights)
     return weights
+
+  def _mean_weights(self, routing: Routing) -> Float[Array, 'T K'] | None:
+    """Of projections that the router's weight does not reach; None adds their experts up."""
+    if self._rom.weights != 'uniform' or self._rom.top_k == 1:
+      return None
+    return jax.lax.stop_gradient(routing.routes.combine_weights)

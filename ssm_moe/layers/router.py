@@ -131,6 +131,9 @@ class Router(nn.Module):
     weights = _take(scores, expert_index)
     if config.weights == 'renormalized':
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    elif config.weights == 'uniform':
+      # The difference is exactly 0, where weights + (1 / K - weights) could be off by a rounding.
+      weights = 1 / config.top_k + (weights - jax.lax.stop_gradient(weights))
     if config.fallback_threshold:
       unsure = jnp.max(scores, axis=-1) < config.fallback_threshold
       expert_index = jnp.where(unsure[:, None], config.num_experts, expert_index)

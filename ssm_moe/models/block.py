@@ -136,10 +136,12 @@ class Period(nn.Module):
   Attributes:
     config: Of the model.
     record_routes: Whether to report every token's routes.
+    dropout: Part of a layer's outputs that is zeroed, the others being scaled up.
   """
 
   config: ModelConfig
   record_routes: bool = False
+  dropout: float = 0.0
 
   def setup(self):
     make = {
@@ -150,6 +152,7 @@ class Period(nn.Module):
       'mlp': self._mlp,
       'moe': self._moe,
     }
+    self.drop = nn.Dropout(self.dropout, deterministic=not self.dropout)
     self.norm = {next(iter(g)): make_norm(self.config.norm) for g in layer_groups(self.config)}
     self.layer = {
       name: make[LAYER_WORDS[letter]](letter) for name, letter in layer_names(self.config).items()
@@ -182,7 +185,7 @@ class Period(nn.Module):
           decided.keep(self.config, letter, *routing or [None])
         for router, reported in aux.items():
           new_aux[f'{name}/{router}' if router else name] = reported
-        x = constrain_stream(x + y.astype(x.dtype))
+        x = constrain_stream(x + self.drop(y).astype(x.dtype))
     return x, (new_state, new_aux)
 
   def step(

@@ -46,10 +46,12 @@ class LM(nn.Module):
   Attributes:
     config: Of the model.
     record_routes: Whether `aux` is to hold every token's routes.
+    dropout: Of layers' outputs, by an rng of that name; 0 for all but training.
   """
 
   config: ModelConfig
   record_routes: bool = False
+  dropout: float = 0.0
 
   def setup(self):
     config = self.config
@@ -134,14 +136,14 @@ class LM(nn.Module):
     # With several methods, flax reads every option from the method's own entry.
     options = {
       'variable_axes': {'params': 0},
-      'split_rngs': {'params': True},
+      'split_rngs': {'params': True, 'dropout': True},
       'length': self.config.num_periods,
       'unroll': 1 if self.config.scan_periods else self.config.num_periods,
       'metadata_params': {nn.PARTITION_NAME: 'layers'},
     }
     methods = {name: {**options, 'in_axes': axes} for name, axes in in_axes.items()}
     scanned = nn.scan(period, methods=methods)
-    return scanned(self.config, self.record_routes)
+    return scanned(self.config, self.record_routes, self.dropout)
 
 
 def head_matrix(params: Any, config: ModelConfig) -> Float[Array, 'M V']:

@@ -45,6 +45,7 @@ _DAMAGED = '.damaged'
 _REMOVED = '.removed'
 # Fields of the model's config that say how it is computed, not what: they may change on resume.
 _EXECUTION_FIELDS = ('remat', 'scan_implementation')
+_CHOOSE_WHAT_IS_TRAINED = ('lora.', 'optimizer.train_only', 'optimizer.freeze')
 _ABSENT = object()
 
 
@@ -190,7 +191,12 @@ class Checkpointer:
         self._orbax.close()
 
   def restore(
-    self, template: PyTree, *, first: PyTree | None = None, partial: bool = False
+    self,
+    template: PyTree,
+    *,
+    first: PyTree | None = None,
+    partial: bool = False,
+    best: bool = False,
   ) -> Restored | None:
     """Restores the newest checkpoint whose every file has its checksum and that Orbax can read.
 
@@ -201,6 +207,7 @@ class Checkpointer:
       first: In its place for a checkpoint of step 0, which a run does not write itself.
       partial: The checkpoint may hold arrays besides those of the template, for example to restore
         `{'params': ...}` of a whole training state.
+      best: Takes that of lowest validation loss, if any has one, in place of the newest.
 
     Returns:
       None if there is no checkpoint.
@@ -214,7 +221,11 @@ class Checkpointer:
     # Listed again after each failure: a run that is training may publish and remove meanwhile.
     while True:
       step = distributed.on_first(
-        lambda: max((step for step in self._published() if step not in skipped), default=None)
+        lambda: max(
+          (step for step in self._published() if step not in skipped),
+          key=self._rating if best else None,
+          default=None,
+        )
       )
       if step is None:
         break
@@ -263,6 +274,14 @@ class Checkpointer:
     names = [path.name for path in self._directory.iterdir()]
     return sorted(int(name) for name in names if re.fullmatch(r'\d{8,}', name))
 
+  def _rating(self, step: int) -> tuple[float, int]:
+    """Orders checkpoints from the worst to the best, those without validation loss before all."""
+    try:
+      valid_loss = manifest_lib.read(self._folder(step))['valid_loss']
+    except manifest_lib.DamagedError:
+      valid_loss = None
+    return -math.inf if valid_loss is None else -valid_loss, step
+
   def _is_whole(self, step: int) -> bool:
     folder = self._folder(step)
     if step in self._damaged:
@@ -308,10 +327,7 @@ class Checkpointer:
 
   def _prune(self) -> None:
     steps = self.steps()
-    losses = {step: manifest_lib.read(self._folder(step))['valid_loss'] for step in steps}
-    rated = [step for step in steps if losses[step] is not None]
-    keep = set(steps[-self._keep_last :])
-    keep |= {min(rated, key=lambda step: (losses[step], -step))} if rated else set()
+    keep = {*steps[-self._keep_last :], *sorted(steps, key=self._rating)[-1:]}
     for step in set(steps) - keep:
       # A kill in the middle of the removal must not leave a folder that looks like a checkpoint.
       removed = self._folder(step, _REMOVED)
@@ -333,13 +349,19 @@ class Checkpointer:
     # A field younger than the checkpoint has the default that stands for what was done before.
     defaults = to_dict(ExperimentConfig())
     there, here = (_merged(defaults, config) for config in (manifest['config'], self._config))
-    changes = list(_differences(there, here, ''))
+    changes = list(differences(there, here, ''))
     for change in changes:
       name = change.partition(' ')[0]
       if name.startswith('model.') and name.rpartition('.')[2] not in _EXECUTION_FIELDS:
         raise UserError(
           f'{folder}: belongs to another architecture: {change}; '
           'give another workdir, or the config of this one'
+        )
+      # At step 0 nothing has been trained.
+      if manifest['step'] and name.startswith(_CHOOSE_WHAT_IS_TRAINED):
+        raise UserError(
+          f'{folder}: belongs to a run that trains other parameters: {change}; give the config of '
+          'this one, or another workdir and this one as train.initialize_from'
         )
     return changes
 
@@ -437,12 +459,12 @@ def _merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
   return result
 
 
-def _differences(there: Any, here: Any, path: str) -> Iterator[str]:
+def differences(there: Any, here: Any, path: str) -> Iterator[str]:
   """Yields one line for each field of two configs that differs."""
   if isinstance(there, dict) and isinstance(here, dict):
     for key in there | here:
       below = f'{path}.{key}' if path else key
-      yield from _differences(there.get(key, _ABSENT), here.get(key, _ABSENT), below)
+      yield from differences(there.get(key, _ABSENT), here.get(key, _ABSENT), below)
     return
   there, here = (list(value) if isinstance(value, tuple) else value for value in (there, here))
   if there != here:

@@ -20,7 +20,7 @@ from ssm_moe.data.pipeline import TrainBatches
 from ssm_moe.data.sources import check_sources
 from ssm_moe.errors import UserError
 from ssm_moe.models import accounting, lm
-from ssm_moe.training import distributed, durable, report
+from ssm_moe.training import distributed, durable, initial, report, trainable
 from ssm_moe.training import profile as profile_lib
 from ssm_moe.training import step as step_lib
 from ssm_moe.training import workdir as workdir_lib
@@ -74,17 +74,25 @@ def train_and_evaluate(
       workdir / 'checkpoints', config=to_dict(config), keep_last=config.train.keep_checkpoints
     ) as checkpointer,
   ):
-    distributed.on_first(lambda: checkpointer.steps() or workdir_lib.check_own(workdir))
+    if not distributed.on_first(checkpointer.steps):
+      distributed.on_first(lambda: workdir_lib.check_own(workdir))
+      with distributed.agreed():
+        initial.check(config, workdir)
+    trainable.check(config)
     train_data, eval_data = _open_data(config, workdir, mesh)
     program = Program(config, mesh)
     # Not sooner: Ctrl-C in the work above has nothing to save.
     with StopSignals() as stop:
-      state, progress, notes = _restore_or_init(config, workdir, program, checkpointer)
-      if progress.step < config.train.num_steps:
+      state, progress, notes = _restore_or_init(config, workdir, program, checkpointer, mesh)
+      if not _is_done(config, progress):
         # Else the config in the folder stays that of the run which ended there.
         distributed.on_first(lambda: workdir_lib.write_config(workdir, config))
       with _open_metrics(config, workdir, progress) as metrics:
-        metrics.say(report.banner(config, mesh, workdir, train_data, eval_data, progress.step))
+        metrics.say(
+          report.banner(
+            config, mesh, workdir, train_data, eval_data, progress.step, program.num_trained
+          )
+        )
         for note in notes:
           metrics.say(note)
         with distributed.agreed():
@@ -179,7 +187,7 @@ class _Run:
       if evaluation is None:
         return state, None
       self._save(state, progress, evaluation)
-    if progress.step >= train.num_steps:
+    if _is_done(self._config, progress):
       return state, evaluation
     batches = self._train_data.iterate(progress.step)
     try:
@@ -211,6 +219,9 @@ class _Run:
           window.flush()
           evaluation = self._evaluate(state, progress) if evaluate else None
           stop = stop or (evaluate and evaluation is None)
+          if evaluation is not None:
+            stop = stop or _is_done(self._config, progress)
+            save = save or (train.early_stopping_patience and progress.best_step == step)
           if save and evaluation is None and not stop:
             self._check_loss(state, ahead, progress)
           if save or stop:
@@ -249,7 +260,14 @@ class _Run:
     if evaluation is None:
       return None
     self._checkpointer.wait()
-    sample = report.sample(self._config, state.params, self._train_data.tokenizer)
+    params = self._program.model_params(state)
+    sample = report.sample(self._config, params, self._train_data.tokenizer)
+    if progress.has_run_out(self._config.train.early_stopping_patience):
+      self._metrics.say(
+        f'stopped early at step {progress.step}: the last {progress.evaluations_since_best} '
+        f'evaluations had no lower validation loss than {progress.best_valid_loss:.4f}, of step '
+        f'{progress.best_step}; that checkpoint is kept, and is the one that is used'
+      )
 
     def publish() -> None:
       report.draw(self._workdir, self._config.model, evaluation)
@@ -262,6 +280,7 @@ class _Run:
 
   def _summary(self, progress: Progress, evaluation: report.Evaluation) -> dict:
     speed = progress.tokens / progress.seconds if progress.seconds else None
+    best = {'best_step': progress.best_step, 'best_valid_loss': progress.best_valid_loss}
     return {
       'final_step': progress.step,
       'train_loss': progress.train_loss,
@@ -269,12 +288,13 @@ class _Run:
       'valid_bits_per_byte': evaluation.bits_per_byte,
       'tokens_per_second': speed,
       'workdir': str(self._workdir),
-    }
+    } | (best if self._config.train.early_stopping_patience else {})
 
   def _evaluate(self, state: step_lib.TrainState, progress: Progress) -> report.Evaluation | None:
     """Evaluates and writes the row of it; None if a signal came meanwhile."""
     evaluation = self._sum_evaluation(state, progress)
     if evaluation is not None:
+      progress.rate(evaluation.loss)
       self._metrics.write(self._row(progress) | evaluation.row(), **evaluation.loads())
       for line in self._alarm.lines(evaluation, progress.step):
         self._metrics.say(line)
@@ -283,11 +303,11 @@ class _Run:
   def _sum_evaluation(
     self, state: step_lib.TrainState, progress: Progress
   ) -> report.Evaluation | None:
-    sums = None
+    sums, params = None, self._program.model_params(state)
     for batch in self._eval_data:
       if self._stop.poll():
         return None
-      of_batch = self._program.eval_step(state.params, self._program.put(batch))
+      of_batch = self._program.eval_step(params, self._program.put(batch))
       sums = of_batch if sums is None else jax.tree.map(jax.numpy.add, sums, of_batch)
     evaluation = report.Evaluation.from_sums(
       jax.device_get(sums), self._config.model, num_bytes=self._eval_data.num_bytes
@@ -304,7 +324,7 @@ class _Run:
     The loss of a step is that of the parameters before its update. A signal leaves no time for
     this, and an evaluation has done it.
     """
-    nats = float(self._program.eval_step(state.params, batch).nats)
+    nats = float(self._program.eval_step(self._program.model_params(state), batch).nats)
     if not math.isfinite(nats):
       raise NotFiniteError(f'step {progress.step + 1}: the loss is {nats}')
 
@@ -396,22 +416,40 @@ def _open_metrics(
     return MetricsLogger(workdir, first_step=progress.step, total_steps=config.train.num_steps)
 
 
+def _is_done(config: ExperimentConfig, progress: Progress) -> bool:
+  train = config.train
+  return progress.step >= train.num_steps or progress.has_run_out(train.early_stopping_patience)
+
+
 def _digest(config: ExperimentConfig) -> str:
   return hashlib.sha256(repr(config).encode()).hexdigest()
 
 
 def _restore_or_init(
-  config: ExperimentConfig, workdir: pathlib.Path, program: Program, checkpointer: Checkpointer
+  config: ExperimentConfig,
+  workdir: pathlib.Path,
+  program: Program,
+  checkpointer: Checkpointer,
+  mesh: jax.sharding.Mesh,
 ) -> tuple[step_lib.TrainState, Progress, list[str]]:
   """Returns the state and progress to go on from, and what to tell the user of it."""
   restored = checkpointer.restore(program.template, first={'params': program.template.params})
   if restored is None:
     notes = distributed.on_first(lambda: workdir_lib.set_aside(workdir))
-    return program.init_state(), Progress(), notes
+    params = None
+    if config.train.initialize_from is not None:
+      params, of_source = initial.read(config, mesh)
+      notes += of_source
+    return program.init_state(params), Progress(), notes
   if restored.step > config.train.num_steps:
     raise ConfigError(
       f'config.train.num_steps is {config.train.num_steps}; the run in {workdir} is at step '
       f'{restored.step}, so it must be at least {restored.step}'
+    )
+  if restored.step == 0 and config.train.initialize_from is not None:
+    raise ConfigError(
+      f'config.train.initialize_from is {config.train.initialize_from}; {workdir} holds parameters '
+      'to begin with already, give another workdir'
     )
   if restored.step == 0:  # as `first_checkpoint` writes it
     # Other fields than the model's may have changed: no step was done with them.

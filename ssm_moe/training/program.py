@@ -11,9 +11,11 @@ from flax import linen as nn
 
 from ssm_moe import sharding
 from ssm_moe.config import ExperimentConfig
+from ssm_moe.models import lora
 from ssm_moe.ops import implementation
 from ssm_moe.shapes import PyTree
 from ssm_moe.training import step as step_lib
+from ssm_moe.training import trainable
 from ssm_moe.training.mesh_checks import check_fits
 from ssm_moe.training.optimizer import make_optimizer
 
@@ -24,6 +26,7 @@ class Program:
   Attributes:
     state_shardings: Layout of each array of a `TrainState`.
     template: A `TrainState` of shapes with their layouts.
+    num_trained: Parameters that steps change.
     batch_template: Likewise a batch.
     logical_axes: A `TrainState` of the logical axes of each array.
   """
@@ -36,11 +39,9 @@ class Program:
     boxed = jax.eval_shape(self._init, jax.random.key(0))
     self.state_shardings = step_lib.state_shardings(mesh, boxed)
     self.logical_axes = nn.get_partition_spec(boxed)
-    self.template = jax.tree.map(
-      lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-      nn.unbox(boxed),
-      self.state_shardings,
-    )
+    self.template = step_lib.laid_out(boxed, self.state_shardings)
+    learnt = trainable.learnt(self.template.params, self.template.adapters, config)
+    self.num_trained = sum(leaf.size for leaf in jax.tree.leaves(learnt))
     shapes = _batch_shapes(config)
     self._batch_shardings = {
       name: sharding.token_sharding(mesh) if len(shape) > 1 else sharding.batch_sharding(mesh)
@@ -56,6 +57,9 @@ class Program:
       donate_argnums=0,
       in_shardings=(self.state_shardings, self._batch_shardings),
       out_shardings=(self.state_shardings, whole),
+    )
+    self._merge = jax.jit(
+      functools.partial(lora.merged, config=config.lora), out_shardings=self.state_shardings.params
     )
     self.eval_step = jax.jit(
       for_mesh(step_lib.make_eval_step(config), mesh),
@@ -76,6 +80,10 @@ class Program:
 
     init = jax.jit(init, donate_argnums=1, out_shardings=self.state_shardings)
     return init(jax.random.key(self._seed), params)
+
+  def model_params(self, state: step_lib.TrainState) -> Any:
+    """Returns the parameters that the model runs with, whatever of them is trained."""
+    return state.params if state.adapters is None else self._merge(state.params, state.adapters)
 
   def put(self, batch: dict[str, np.ndarray]) -> step_lib.Batch:
     """Moves this process' rows of a batch to its devices."""

@@ -24,6 +24,9 @@ class Progress:
     train_loss: Of the last row of metrics: the mean over the steps since the row before.
     losses: Of the steps since the last row.
     row_seconds: `seconds` at the last row.
+    best_step: Of the evaluation of lowest loss; None before the first.
+    best_valid_loss: That loss.
+    evaluations_since_best: Those after it, none of which had a lower one.
   """
 
   step: int = 0
@@ -32,6 +35,23 @@ class Progress:
   train_loss: float | None = None
   losses: list[float] = dataclasses.field(default_factory=list)
   row_seconds: float = 0.0
+  best_step: int | None = None
+  best_valid_loss: float | None = None
+  evaluations_since_best: int = 0
+
+  def rate(self, valid_loss: float) -> None:
+    """Takes note of the loss of an evaluation."""
+    if self.best_valid_loss is None or valid_loss < self.best_valid_loss:
+      self.best_step, self.best_valid_loss = self.step, valid_loss
+      self.evaluations_since_best = 0
+    else:
+      self.evaluations_since_best += 1
+      if valid_loss == self.best_valid_loss:  # of equals, the newest checkpoint is kept
+        self.best_step = self.step
+
+  def has_run_out(self, patience: int | None) -> bool:
+    """Whether so many evaluations in a row have not brought a lower loss."""
+    return patience is not None and self.evaluations_since_best >= patience
 
 
 class Window:

@@ -140,6 +140,7 @@ def banner(
   train_data: TrainBatches,
   eval_data: EvalBatches,
   first_step: int,
+  num_trained: int,
 ) -> str:
   """Returns what will be trained, on what, and where it goes."""
   account = accounting.account(config.model, config.train.sequence_length)
@@ -154,6 +155,7 @@ def banner(
     f'model    {config.model.num_periods} x {config.model.pattern!r}, d_model '
     f'{config.model.d_model}: {account["total_params"]:,} parameters, '
     f'{account["active_params"]:,} active',
+    *_trained(config, num_trained, account['total_params']),
     f'compute  {account["flops_per_token_train"]:,} FLOPs per token, forward and backward; '
     f'{config.model.dtype}',
     f'steps    {first_step} done of {train.num_steps}, {train.batch_size} x '
@@ -165,6 +167,16 @@ def banner(
     f'workdir  {workdir}',
   ]
   return '\n'.join(lines)
+
+
+def _trained(config: ExperimentConfig, num_trained: int, num_params: int) -> list[str]:
+  """Returns the line that says what is trained, if that is not the whole model."""
+  if config.lora.rank:
+    matrices = ', '.join(config.lora.targets)
+    return [f'trained  {num_trained:,} parameters of adapters of {matrices}, and nothing else']
+  if num_trained == num_params:
+    return []
+  return [f'trained  {num_trained:,} of the {num_params:,} parameters; the others are frozen']
 
 
 def draw(workdir: pathlib.Path, config: ModelConfig, evaluation: Evaluation) -> None:

@@ -6,14 +6,19 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax import struct
 
 from ssm_moe import sharding
 from ssm_moe.config import ExperimentConfig
-from ssm_moe.models import lm
+from ssm_moe.models import lm, lora
 from ssm_moe.models.block import PeriodAux, PeriodState, keep_rows
 from ssm_moe.shapes import Array, Float, Int
+from ssm_moe.training import trainable
 from ssm_moe.training.losses import cross_entropy_sum
+
+# Random streams of a run beside the model's initial parameters.
+_ADAPTERS, _DROPOUT = 1, 2
 
 # inputs, targets, segment_ids: Int[B, L]; loss_mask: Float[B, L]; continues: Bool[B].
 Batch = dict[str, Array]
@@ -26,14 +31,16 @@ class TrainState(struct.PyTreeNode):
   Attributes:
     step: Steps done.
     params: Of the model, float32.
-    opt_state: Of the optimizer.
+    opt_state: Of the optimizer, for what is trained.
     model_state: What the last window of each row left behind, if it is carried over; else None.
+    adapters: That are trained in place of `params`, if there are; else None.
   """
 
   step: Int[Array, '']
   params: Any
   opt_state: Any
   model_state: PeriodState | None
+  adapters: Any = None
 
 
 class StepMetrics(struct.PyTreeNode):
@@ -42,7 +49,7 @@ class StepMetrics(struct.PyTreeNode):
   Attributes:
     loss: Mean nats over the scored tokens, without auxiliary losses.
     auxiliary_loss: Routing losses times their coefficients.
-    gradient_norm: Before clipping.
+    gradient_norm: Of what is trained, before clipping.
     aux: Routing losses and statistics by layer; means over the accumulation steps.
   """
 
@@ -73,12 +80,16 @@ def init_train_state(
 ) -> TrainState:
   """Returns the state before the first step; arrays carry their logical axes (flax boxes)."""
   params = lm.boxed_params(config.model, key)
+  adapters = None
+  if config.lora.rank:
+    adapters = lora.init(jax.random.fold_in(key, _ADAPTERS), params, config.lora)
   carried = config.data.carry_state
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=optimizer.init(params),
+    opt_state=optimizer.init(trainable.learnt(params, adapters, config)),
     model_state=lm.initial_state(config.model, config.train.batch_size) if carried else None,
+    adapters=adapters,
   )
 
 
@@ -91,12 +102,17 @@ def make_train_step(
   every device has rows of each part. Token losses are weighted as in one large batch; routing, its
   losses and its capacity are counted in each part on its own.
   """
-  model = lm.LM(config.model)
+  model = lm.LM(config.model, dropout=config.train.dropout)
   parts = config.train.accumulation_steps
 
-  def loss_of_part(params, part, model_state, scored):
+  def loss_of_part(learnt, params, part, model_state, scored, key):
+    params = trainable.with_learnt(params, learnt, config)
     output = model.apply(
-      {'params': params}, part['inputs'], segment_ids=part['segment_ids'], state=model_state
+      {'params': params},
+      part['inputs'],
+      segment_ids=part['segment_ids'],
+      state=model_state,
+      rngs={'dropout': key} if config.train.dropout else None,
     )
     nats = cross_entropy_sum(
       output.hidden,
@@ -116,11 +132,15 @@ def make_train_step(
     model_state = state.model_state
     if model_state is not None:
       model_state = keep_rows(model_state, batch['continues'])
+    learnt = trainable.learnt(state.params, state.adapters, config)
+    # Of the step alone: a run that was stopped drops what one that never was drops.
+    key = jax.random.fold_in(jax.random.key(config.train.seed), _DROPOUT)
+    key = jax.random.fold_in(key, state.step)
 
     def one_part(carry, part_and_state):
-      part, part_state = part_and_state
+      index, part, part_state = part_and_state
       (_, (loss, auxiliary, output)), gradients = gradient_of_part(
-        state.params, part, part_state, scored
+        learnt, state.params, part, part_state, scored, jax.random.fold_in(key, index)
       )
       sums = (gradients, loss, auxiliary)
       carry = sums if carry is None else jax.tree.map(jnp.add, carry, sums)
@@ -128,23 +148,25 @@ def make_train_step(
       return carry, (output.aux, new_state)
 
     if parts == 1:
-      sums, (aux, model_state) = one_part(None, (batch, model_state))
+      sums, (aux, model_state) = one_part(None, (0, batch, model_state))
     else:
-      cut = (_cut(batch, parts, axis=0), _cut(model_state, parts, axis=1))
-      zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))
+      cut = (jnp.arange(parts), _cut(batch, parts, axis=0), _cut(model_state, parts, axis=1))
+      zeros = (jax.tree.map(jnp.zeros_like, learnt), jnp.zeros(()), jnp.zeros(()))
       sums, (aux, model_state) = jax.lax.scan(one_part, zeros, cut)
       aux = jax.tree.map(lambda leaf: leaf.mean(axis=0), aux)
       model_state = _join(model_state, axis=1)
 
     gradients, loss, auxiliary = sums
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, learnt)
+    learnt = optax.apply_updates(learnt, updates)
+    params, adapters = trainable.replaced(state.params, state.adapters, learnt)
     state = TrainState(
       step=state.step + 1,
-      params=lm.with_moved_biases(params, aux, config.model),
+      params=trainable.with_moved_biases(params, aux, config),
       opt_state=opt_state,
       # The next window starts from the value, not from the graph: the backpropagation is truncated.
       model_state=model_state,
+      adapters=adapters,
     )
     return state, StepMetrics(loss, auxiliary, optax.tree.norm(gradients), aux)
 
@@ -184,6 +206,15 @@ def state_shardings(mesh: jax.sharding.Mesh, boxed: TrainState) -> TrainState:
   shardings = sharding.tree_shardings(mesh, boxed.replace(model_state=None))
   rows = sharding.carried_state_sharding(mesh)
   return shardings.replace(model_state=jax.tree.map(lambda _: rows, boxed.model_state))
+
+
+def laid_out(boxed: TrainState, shardings: TrainState) -> TrainState:
+  """Returns a state of shapes with their layouts, without boxes."""
+  return jax.tree.map(
+    lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+    nn.unbox(boxed),
+    shardings,
+  )
 
 
 def _cut(tree: Any, parts: int, axis: int) -> Any:

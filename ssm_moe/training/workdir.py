@@ -169,8 +169,10 @@ def _read_config(workdir: pathlib.Path) -> ExperimentConfig | None:
   """Returns what `write_config` wrote; None if it did not."""
   try:
     values = json.loads((workdir / 'config.json').read_bytes())
-    whole = isinstance(values, dict) and values.keys() == to_dict(ExperimentConfig()).keys()
-    return from_config_dict(values) if whole else None
+    known = to_dict(ExperimentConfig()).keys()
+    # Those of an older version have fewer groups of fields.
+    is_one = isinstance(values, dict) and {'model', 'data', 'train'} <= values.keys() <= known
+    return from_config_dict(values) if is_one else None
   except (OSError, ValueError, RecursionError):
     return None
 

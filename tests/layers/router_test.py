@@ -1,5 +1,6 @@
 """Routing numbers worked out by hand."""
 
+import functools
 import math
 
 import chex
@@ -163,3 +164,21 @@ def test_masked_tokens_change_nothing():
   mask = jnp.arange(10) < 6
   masked = _aux(jnp.where(mask[:, None], logits, noise), mask)
   tolerances.assert_close(masked, _aux(logits[:6]), rtol=tolerances.FLOAT32_REORDERED)
+
+
+def test_uniform_weights_are_shares_with_the_gradient_of_the_score():
+  kernel, x = jnp.array([[0.0, 0.3, -0.2, 0.1]]), jnp.array([[0.7], [-1.3]])
+
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def weights_and_gradient(weights, top_k):
+    def total(kernel):
+      combined = _router(kernel, x, weights=weights, top_k=top_k).routes.combine_weights
+      return jnp.sum(combined[:, -1]), combined
+
+    gradient, combined = jax.grad(total, has_aux=True)(kernel)
+    return combined, gradient
+
+  for top_k in (1, 3):
+    combined, gradient = weights_and_gradient('uniform', top_k)
+    np.testing.assert_array_equal(combined, np.float32(1 / top_k))
+    np.testing.assert_array_equal(gradient, weights_and_gradient('raw', top_k)[1])

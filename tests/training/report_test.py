@@ -134,11 +134,13 @@ def test_the_banner_names_what_will_be_trained(tmp_path):
     TrainBatches(config.data, seed=0, **sizes),
     EvalBatches(config.data, **sizes),
     5,
+    num_trained=64,
   )
   # 20 steps of 128 tokens, over the 1088 of 1101 tokens that fill windows: 2.35 epochs.
   for part in (
     'parameters',
     'active',
+    'trained  64 of the ',
     'FLOPs per token',
     '5 done of 20',
     '2,560 tokens, 2.35 epochs',

@@ -1,6 +1,7 @@
 """A trained model on text: its loss, perplexity and bits per byte, as training evaluates."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from ssm_moe.analysis import perplexity
 from ssm_moe.config import ExperimentConfig, MeshConfig
 from ssm_moe.data import DataError
 from ssm_moe.data.evaluation import EvalBatches
+from ssm_moe.errors import UserError
 from ssm_moe.shapes import PyTree
 from ssm_moe.training.program import Program
 
@@ -24,7 +26,10 @@ _FLAG_WORDS = {
 
 
 def with_data(
-  experiment: ExperimentConfig, data: Sequence[str], tokenizer: str | None = None
+  experiment: ExperimentConfig,
+  data: Sequence[str],
+  tokenizer: str | None = None,
+  batch_size: int | None = None,
 ) -> ExperimentConfig:
   """Returns an experiment that evaluates on other data, all of it, with another tokenizer.
 
@@ -32,6 +37,7 @@ def with_data(
     experiment: As the run's folder has it.
     data: Names of sources; those of the experiment, and as much of them as it says, if empty.
     tokenizer: Of the data; that of the experiment if None.
+    batch_size: Windows at one time; those of a training step if None.
   """
   settings, train = experiment.data, experiment.train
   if data:
@@ -39,6 +45,8 @@ def with_data(
     train = dataclasses.replace(train, eval_tokens=None)
   if tokenizer is not None:
     settings = dataclasses.replace(settings, tokenizer=tokenizer)
+  if batch_size is not None:
+    train = dataclasses.replace(train, batch_size=batch_size, accumulation_steps=1)
   return dataclasses.replace(experiment, data=settings, train=train)
 
 
@@ -98,8 +106,11 @@ def evaluate(
     sums = program.eval_step(params, program.put(batch))
     # Here and not on the device: sums in float32 would lose counts beyond 2^24.
     nats, scored = nats + float(sums.nats), scored + float(sums.scored)
-  counts = {'tokens': int(scored), 'bytes': batches.num_bytes}
-  return perplexity.summary(nats, int(scored), batches.num_bytes) | counts
+  if not math.isfinite(nats):
+    raise UserError(f'the loss is {nats}: the parameters of this checkpoint are of no use')
+  tokens, num_bytes = int(scored), batches.num_bytes
+  summary = perplexity.summary(nats, tokens, num_bytes and num_bytes / tokens)
+  return summary | {'tokens': tokens, 'bytes': num_bytes}
 
 
 def in_flags(error: DataError) -> DataError:

@@ -17,6 +17,7 @@ Positions are gathered in [0, 1), [1, 2), [2, 4), [4, 8) and so on. Where L is a
 last of these is the second half of the windows: the tokens with the most context.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -112,6 +113,39 @@ class ByPosition(NamedTuple):
   length: int
   nats: Float[np.ndarray, 'positions']
   tokens: Int[np.ndarray, 'positions']
+
+
+def compare(
+  params: PyTree,
+  config: ModelConfig,
+  documents: LongDocuments,
+  lengths: Sequence[int],
+  *,
+  carry_state: bool,
+  batch_tokens: int,
+  progress: Callable[..., Iterable] = lambda batches, desc: batches,
+) -> dict[str, Any]:
+  """Returns the `report` of each length, and what they are of; arguments as of `measure`."""
+  reports = []
+  for length in lengths:
+    measured = measure(
+      params,
+      config,
+      documents,
+      length,
+      carry_state=carry_state,
+      batch_tokens=batch_tokens,
+      progress=functools.partial(progress, desc=f'Windows of {length}'),
+    )
+    reports.append(report(measured, documents.bytes_per_token))
+  return {
+    'carry_state': carry_state,
+    'documents': len(documents.tokens),
+    'documents_skipped': documents.skipped,
+    'tokens': documents.num_tokens,
+    'bytes': documents.num_bytes,
+    'context_lengths': reports,
+  }
 
 
 def measure(

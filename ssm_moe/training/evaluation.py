@@ -50,6 +50,12 @@ def with_data(
   return dataclasses.replace(experiment, data=settings, train=train)
 
 
+def batch_tokens(experiment: ExperimentConfig) -> int:
+  """Returns how many tokens a step of training has in memory at one time."""
+  train = experiment.train
+  return train.batch_size // train.accumulation_steps * train.sequence_length
+
+
 def open_batches(
   experiment: ExperimentConfig, *, cache_dir: str | os.PathLike, max_tokens: int | None = None
 ) -> EvalBatches:

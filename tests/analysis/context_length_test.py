@@ -1,38 +1,24 @@
 """Losses by context length and position are those of each window on its own, or of one long one."""
 
-import functools
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from ssm_moe.analysis import context_length
 from ssm_moe.analysis.context_length import ByPosition, LongDocuments
-from ssm_moe.config import MambaConfig, ModelConfig, MoEConfig
 from ssm_moe.data.sources import TextSource
 from ssm_moe.data.synthetic import SyntheticTask
 from ssm_moe.data.token_files import TokenFolder
 from ssm_moe.data.tokenizer import ByteTokenizer
 from ssm_moe.errors import UserError
-from ssm_moe.models import lm
 from tests import tolerances
+from tests.models import small_model
 
 LONGEST = 16
 # One is too short; three are cut to 32, 48 and 16 tokens.
 SIZES = (37, 5, 50, 20)
 END = ByteTokenizer.end_of_text
-# A capacity that would drop most tokens, were it in use.
-CONFIG = ModelConfig(
-  d_model=16,
-  pattern='M E',
-  num_periods=1,
-  tie_embeddings=False,
-  mamba=MambaConfig(d_state=4),
-  moe=MoEConfig(num_experts=4, d_ff=16, dispatch='capacity', capacity_factor=0.25),
-)
 
 
 def source(*sizes):
@@ -54,27 +40,10 @@ def source(*sizes):
   return TextSource('memory', folder, ByteTokenizer())
 
 
-@functools.cache
-def params():
-  init = jax.jit(lambda key: lm.LM(CONFIG).init(key, jnp.zeros((1, 8), jnp.int32)))
-  return nn.unbox(init(jax.random.key(0)))['params']
-
-
-@jax.jit
-def logits(params, inputs):
-  config = ModelConfig(
-    **{**vars(CONFIG), 'moe': MoEConfig(num_experts=4, d_ff=16, dispatch='dropless')}
-  )
-  model = lm.LM(config)
-  hidden = model.apply({'params': params}, inputs).hidden
-  return model.apply({'params': params}, hidden, method='logits')
-
-
 def window_nats(tokens, start, stop):
   """-log p of each token of a window that is read on its own, in float64."""
-  inputs = np.full(max(SIZES), END, np.int32)
-  inputs[: stop - start] = [tokens[start - 1] if start else END, *tokens[start : stop - 1]]
-  scores = np.asarray(logits(params(), inputs[None])[0, : stop - start], np.float64)
+  inputs = [tokens[start - 1] if start else END, *tokens[start : stop - 1]]
+  scores = small_model.logits(inputs)
   chosen = scores[np.arange(stop - start), tokens[start:stop].astype(int)]
   return np.log(np.exp(scores).sum(axis=-1)) - chosen
 
@@ -83,7 +52,12 @@ def measure(length, carry_state):
   documents = LongDocuments([source(*SIZES)], LONGEST)
   # More than one batch, and the last one not full.
   return context_length.measure(
-    params(), CONFIG, documents, length, carry_state=carry_state, batch_tokens=4 * length
+    small_model.params(),
+    small_model.CONFIG,
+    documents,
+    length,
+    carry_state=carry_state,
+    batch_tokens=4 * length,
   )
 
 

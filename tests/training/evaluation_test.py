@@ -1,5 +1,6 @@
 """What is evaluated apart from training is what training evaluates."""
 
+import dataclasses
 import json
 import math
 
@@ -7,19 +8,22 @@ import jax
 import numpy as np
 import pytest
 
-from ssm_moe.config import DataConfig, ExperimentConfig, ModelConfig
+from ssm_moe.config import DataConfig, ExperimentConfig, ModelConfig, SampleConfig
 from ssm_moe.data import DataError
 from ssm_moe.training import evaluation, trained, workdir
 from tests import tolerances
-from tests.training import small_run
+from tests.training import finished_run, small_run
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A run, what it said of itself at its end, and its text."""
+  """A run that is at its end, what it says there, and its text."""
   folder = tmp_path_factory.mktemp('evaluation')
   text = small_run.write_text(folder)
-  return folder / 'run', small_run.run(small_run.make_config(text), folder / 'run'), text
+  config = small_run.make_config(text)
+  config = dataclasses.replace(config, sample=SampleConfig(num_tokens=0))
+  finished_run.write(config, folder / 'run')
+  return folder / 'run', small_run.run(config, folder / 'run'), text
 
 
 def evaluate(folder, data=(), max_tokens=None):
@@ -32,6 +36,7 @@ def evaluate(folder, data=(), max_tokens=None):
     return evaluation.evaluate(experiment, params, batches)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_training(run):
   folder, summary, _ = run
   result = evaluate(folder)
@@ -43,6 +48,7 @@ def test_the_numbers_are_those_of_training(run):
   assert result['tokens'] <= 300  # the run's own eval_tokens
 
 
+@pytest.mark.slow
 def test_other_data_is_taken_whole_unless_a_number_of_tokens_is_given(run):
   folder, _, text = run
   with open(text) as file:

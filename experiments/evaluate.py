@@ -69,9 +69,8 @@ def check_flags() -> tuple[int, ...]:
     raise UserError('--checkpoint is not given')
   harness, lengths = _HARNESS.value is not None, _LENGTHS.value is not None
   for (name, group), asked in zip(_GROUPS.items(), (not harness, lengths, harness)):
-    for flag in group:
-      if flag.present and not asked:
-        raise UserError(f'--{flag.name} belongs to {name}, which is not asked for')
+    for flag in () if asked else [flag for flag in group if flag.present]:
+      raise UserError(f'--{flag.name} belongs to {name}, which is not asked for')
   for flag in (_DATA, _HARNESS):
     if flag.present and not all(flag.value or ['']):
       raise UserError(f'--{flag.name} has an empty name')
@@ -101,10 +100,9 @@ def of_text(workdir, run: ExperimentConfig, lengths: tuple[int, ...]) -> dict[st
     params, step = trained.read_params(workdir, run)
     length = run.train.sequence_length
     about = {'step': step, 'data': experiment.data.valid, 'sequence_length': length}
+    bar = functools.partial(tqdm, unit='batch', disable=None)
     if not lengths:
-      progress = functools.partial(
-        tqdm, desc='Evaluating', unit='batch', total=data.num_batches, disable=None
-      )
+      progress = functools.partial(bar, desc='Evaluating', total=data.num_batches)
       return about | evaluation.evaluate(experiment, params, data, progress=progress)
     result = context_length.compare(
       params,
@@ -113,7 +111,7 @@ def of_text(workdir, run: ExperimentConfig, lengths: tuple[int, ...]) -> dict[st
       lengths,
       carry_state=bool(_CARRY.value),
       batch_tokens=evaluation.batch_tokens(experiment),
-      progress=functools.partial(tqdm, unit='batch', disable=None),
+      progress=bar,
     )
   if _PLOT.value is not None:
     shown = result['context_lengths']

@@ -3,7 +3,8 @@
 Pairs of a context and its continuation are sorted by length, and what is in a batch is filled up
 behind its last token to a power of two, in length as in rows: so a few compiled programs serve any
 list. What is longer than a piece is read piece by piece, the state carried from each to the next:
-memory does not grow with the length, and to a recurrent model it is still one sequence.
+memory does not grow with the length. To a recurrent model it is still one sequence; attention over
+all tokens sees of earlier pieces what its cache holds.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

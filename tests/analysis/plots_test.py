@@ -20,9 +20,10 @@ BROWN, PURPLE = (127, 59, 8), (45, 0, 75)  # the ends of the scale
 WHITE = (247, 247, 247)  # its middle
 
 
-def pixels(path, colour):
-  """How many pixels have a colour."""
+def pixels(path, colour, width=1.0):
+  """How many pixels have a colour, in a share of the width, from the left."""
   image = np.round(matplotlib.image.imread(path)[..., :3] * 255)
+  image = image[:, : int(width * image.shape[1])]
   return int((np.abs(image - np.array(colour)) < 3).all(axis=-1).sum())
 
 
@@ -165,4 +166,6 @@ def test_context_lengths_are_drawn_where_they_are_finite(tmp_path, lengths, carr
   drawn, empty = tmp_path / 'drawn.png', tmp_path / 'empty.png'
   plot_context_lengths(by_context(*lengths), drawn, trained=256, carried=carried)
   plot_context_lengths(by_context(*lengths, finite=False), empty, trained=256, carried=carried)
-  assert pixels(drawn, BLUE) > pixels(empty, BLUE) + 50
+  left = pixels(drawn, BLUE, width=0.45)
+  assert left > 20 and pixels(drawn, BLUE) > left + 50
+  assert pixels(empty, BLUE, width=0.45) == 0

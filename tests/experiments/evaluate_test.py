@@ -102,10 +102,12 @@ def call(folder, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_context_lengths_are_compared_where_nothing_can_be_written(folder, call, monkeypatch):
+  # Not tokenised before.
+  (folder / 'other.jsonl').write_bytes((folder / 'text.jsonl').read_bytes())
   before = small_run.snapshot(folder / 'run')
   monkeypatch.setattr(os, 'access', lambda *_: False)  # the administrator may always write
   settings = ('--context_lengths=16,32', '--carry_state', '--plot=new/context.png')
-  result = call('--checkpoint=run', '--batch_size=2', *settings)
+  result = call('--checkpoint=run', '--data=other.jsonl', '--batch_size=2', *settings)
   assert small_run.snapshot(folder / 'run') == before
   assert result['carry_state'] and result['documents'] and result['documents_skipped']
   short, long = result['context_lengths']

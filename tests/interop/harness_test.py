@@ -185,6 +185,15 @@ def test_tasks_that_are_not_there_are_one_line(folder):
     harness.run(make_model(), tasks, names)
 
 
+def test_tasks_that_run_code_or_show_pictures_are_refused(folder, monkeypatch):
+  tasks, _ = harness.find_tasks(['own_choice'], str(folder))
+  for attribute in ('UNSAFE_CODE', 'MULTIMODAL'):
+    loaded = {'tasks': {'x': types.SimpleNamespace(**{attribute: True})}}
+    monkeypatch.setattr(harness.TaskManager, 'load', lambda *_, it=loaded: it)
+    with pytest.raises(UserError, match=r'--harness=x: the task .*, which is not supported'):
+      tasks.load(['x'])
+
+
 @pytest.mark.extended
 def test_tasks_of_the_harness_are_found_by_name(folder):
   tasks, names = harness.find_tasks(['lambada_openai', 'own_choice'], str(folder))

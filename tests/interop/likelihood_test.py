@@ -131,25 +131,28 @@ def test_a_context_that_is_too_long_loses_its_beginning():
 
 
 @pytest.mark.slow
-def test_prompts_of_any_length_are_continued_together_as_each_is_alone():
+def test_prompts_of_any_length_are_continued_together_as_each_is_alone(monkeypatch):
+  for module in (likelihood, decoding):
+    monkeypatch.setattr(module, 'PIECE', 4)
+  monkeypatch.setattr(likelihood, '_SHORTEST', 4)
   random = np.random.default_rng(0)
-  # In three pieces, of which the first holds 1 to 16 tokens that are no padding.
-  prompts = [random.integers(0, 257, n, np.int32) for n in (33, 40, 48, 36)]
+  # In one piece or two, of which the first has up to three tokens of padding.
+  prompts = [random.integers(1, 257, n, np.int32) for n in (1, 2, 3, 5, 6, 7, 2)]
   found = dict(
     decoding.continuations(
       small_model.params(),
       small_model.CONFIG,
       prompts,
-      is_done=lambda index, tokens: len(tokens) >= 2 * index + 1,
-      temperatures=[0.0, 0.0, 0.0, 1.0],
+      is_done=lambda index, tokens: len(tokens) >= index + 3,
+      temperatures=[0.0] * 6 + [1.0],
       batch_tokens=64,
     )
   )
-  expected = [small_model.greedy(prompt, 2 * i + 1) for i, prompt in enumerate(prompts)]
-  for index in range(3):
-    assert found[index][: 2 * index + 1] == expected[index]
+  expected = [small_model.greedy(prompt, index + 3) for index, prompt in enumerate(prompts)]
+  for index in range(6):
+    assert found[index][: index + 3] == expected[index]
   # Drawn, not the likeliest of each.
-  assert found[3][:7] != expected[3]
+  assert found[6][:9] != expected[6]
 
 
 def test_experts_that_look_ahead_are_refused():

@@ -30,6 +30,8 @@ _HF = ['pyarrow', 'safetensors', 'tokenizers']
 # tensorflow-datasets reads array_record files without TensorFlow, but needs importlib_resources,
 # which it does not declare.
 _TFDS = ['array_record', 'importlib_resources', 'tensorflow-datasets']
+# EleutherAI's lm-evaluation-harness; without its own extras it brings no PyTorch.
+_EVAL = ['lm-eval>=0.4.13']
 # setuptools: Python 3.12 and later come without it, and a wheel is built in place.
 _TEST = [
   # Compiles kernels for GPUs, which needs no GPU.
@@ -65,6 +67,7 @@ setuptools.setup(
     'tpu': ['jax[tpu]'],
     'hf': _HF,
     'tfds': _TFDS,
+    'eval': _EVAL,
     'test': _TEST + _HF + _TFDS,
     'test_torch': _TEST_TORCH,
   },

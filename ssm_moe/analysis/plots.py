@@ -1,4 +1,4 @@
-"""Figures of runs, as PNG files: loss curves, of one run and of several, and loads of experts."""
+"""Figures as PNG files: losses of runs, loads of experts, perplexity by context."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -240,6 +240,74 @@ def plot_expert_load(
   figure.savefig(path)
 
 
+def plot_context_lengths(
+  lengths: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, trained: int, carried: bool
+) -> None:
+  """Draws perplexity against the length of the context, and bits per byte against the position.
+
+  Args:
+    lengths: One or more, as `context_length.report` returns them; what is None is left out.
+    path: Of the PNG file.
+    trained: Length of the windows in training, a line across.
+    carried: Whether windows went on from those before them.
+  """
+  figure = _figure(10.6, 4.2)
+  by_length, by_position = figure.subplots(1, 2)
+  points = [(row['context_length'], row['perplexity']) for row in lengths]
+  points = [point for point in points if point[1] is not None]
+  title = 'No perplexity is finite'
+  if points:
+    best, least = min(points, key=lambda point: point[1])
+    title = f'Least perplexity {least:.4g}, with windows of {_binary(best)}'
+    by_length.plot(*zip(*points), color=_BLUE, linewidth=1.8, marker='o', markersize=4)
+    # Else a curve that is flat but for rounding would fill the figure.
+    by_length.update_datalim([(best, 0.99 * least), (best, 1.01 * least)])
+    by_length.autoscale_view()
+  _finish(by_length, title, 'perplexity of a token', np.zeros((0, 2)))
+  for i, row in enumerate(lengths):
+    known = [part for part in row['positions'] if part['bits_per_byte'] is not None]
+    by_position.plot(
+      [((part['from'] + 1) * part['to']) ** 0.5 for part in known],
+      [part['bits_per_byte'] for part in known],
+      color=_ENTRIES[i % len(_ENTRIES)],
+      linestyle=('-', '--', ':')[min(i // len(_ENTRIES), 2)],
+      linewidth=1.6,
+      marker='o',
+      markersize=3.5,
+      label=_binary(row['context_length']),
+    )
+  where = 'document' if carried else 'window'
+  _finish(by_position, f'By position in the {where}', 'bits per byte', np.zeros((0, 2)))
+  how = 'state carried over them' if carried else 'each read from nothing'
+  ticks = [row['context_length'] for row in lengths]
+  positions = max(row['positions'][-1]['to'] for row in lengths)
+  for axes, label, places in (
+    (by_length, f'length of the windows [tokens, log]; {how}', [*ticks, trained]),
+    (by_position, f'place in the {where}, from 1 [tokens, log]', [1, positions, trained]),
+  ):
+    axes.set_xscale('log', base=2)
+    axes.set_xlim(min(places) / 1.3, max(places) * 1.3)
+    axes.set_xlabel(label)
+    axes.axvline(trained, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(
+      f'trained at {_binary(trained)}',
+      (trained, 1),
+      xycoords=axes.get_xaxis_transform(),
+      xytext=(4, -2),
+      textcoords='offset points',
+      va='top',
+      color=_GREY,
+      fontsize=8,
+    )
+  by_length.set_xticks(ticks, map(_binary, ticks))
+  fours = [4**i for i in range(16) if 4**i <= positions]
+  by_position.set_xticks(fours, map(_binary, fours))
+  by_length.minorticks_off()
+  by_position.minorticks_off()
+  figure.legend(loc='outside right upper', frameon=False, title='window')
+  figure.savefig(path, format='png')
+
+
 def _readable_losses(bands: Mapping[str, Band], target_loss: float) -> tuple[float, float]:
   """Returns limits that leave out what happens in the first tenth of each run."""
   low, high = target_loss, target_loss
@@ -309,3 +377,10 @@ def _smoothed(curve: Float[np.ndarray, 'points 2']) -> Float[np.ndarray, 'fewer 
 
 def _tokens(count: float) -> str:
   return EngFormatter(places=3 if count >= 1e9 else 1, sep='')(count)
+
+
+def _binary(count: int) -> str:
+  for unit, size in (('M', 1 << 20), ('K', 1 << 10)):
+    if count % size == 0:
+      return f'{count // size}{unit}'
+  return str(count)

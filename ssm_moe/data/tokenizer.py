@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Int, UInt
 
 from ssm_moe.data import DataError
 
@@ -45,6 +45,9 @@ class Tokenizer(Protocol):
   def decode(self, tokens: Iterable[int | np.integer]) -> str:
     """Returns the text of the ids; never fails, since a model can sample any id."""
 
+  def num_bytes(self, tokens: Int[np.ndarray, '_']) -> int:
+    """Returns how many UTF-8 bytes of a text the ids stand for; end-of-text stands for none."""
+
 
 class ByteTokenizer:
   """The 256 byte values of UTF-8, and end-of-text."""
@@ -73,6 +76,9 @@ class ByteTokenizer:
       elif token < self.end_of_text:
         documents[-1].append(token)
     return END_OF_TEXT_NAMES[0].join(text.decode('utf-8', errors='replace') for text in documents)
+
+  def num_bytes(self, tokens: Int[np.ndarray, '_']) -> int:
+    return int(np.sum(tokens < self.end_of_text))
 
 
 class HuggingFaceTokenizer:
@@ -130,6 +136,9 @@ class HuggingFaceTokenizer:
   def decode(self, tokens: Iterable[int | np.integer]) -> str:
     known = [int(token) for token in tokens if 0 <= token < self.vocab_size]
     return self._tokenizer.decode(known, skip_special_tokens=False)
+
+  def num_bytes(self, tokens: Int[np.ndarray, '_']) -> int:
+    return len(self.decode(tokens[tokens != self.end_of_text]).encode())
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -7,7 +7,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from ssm_moe.analysis.plots import plot_comparison, plot_expert_load, plot_loss
+from ssm_moe.analysis.plots import (
+  plot_comparison,
+  plot_context_lengths,
+  plot_expert_load,
+  plot_loss,
+)
 from ssm_moe.analysis.speedup import Band, Curve
 
 BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
@@ -15,9 +20,10 @@ BROWN, PURPLE = (127, 59, 8), (45, 0, 75)  # the ends of the scale
 WHITE = (247, 247, 247)  # its middle
 
 
-def pixels(path, colour):
-  """How many pixels have a colour."""
+def pixels(path, colour, width=1.0):
+  """How many pixels have a colour, in a share of the width, from the left."""
   image = np.round(matplotlib.image.imread(path)[..., :3] * 255)
+  image = image[:, : int(width * image.shape[1])]
   return int((np.abs(image - np.array(colour)) < 3).all(axis=-1).sum())
 
 
@@ -135,3 +141,31 @@ def test_no_layers_is_a_figure_that_says_so(tmp_path):
 def test_pyplot_and_its_global_state_stay_out():
   program = 'import sys, ssm_moe.analysis.plots\nassert "matplotlib.pyplot" not in sys.modules\n'
   subprocess.run([sys.executable, '-c', program], check=True)
+
+
+def by_context(*lengths, finite=True):
+  value = 2.0 if finite else None
+  return [
+    {
+      'context_length': length,
+      'perplexity': value,
+      'positions': [
+        {'from': 0, 'to': 1, 'bits_per_byte': value},
+        {'from': 1, 'to': length, 'bits_per_byte': value},
+      ],
+    }
+    for length in lengths
+  ]
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize(
+  ('lengths', 'carried'), [((64,), False), (tuple(2**i for i in range(4, 20)), True)]
+)
+def test_context_lengths_are_drawn_where_they_are_finite(tmp_path, lengths, carried):
+  drawn, empty = tmp_path / 'drawn.png', tmp_path / 'empty.png'
+  plot_context_lengths(by_context(*lengths), drawn, trained=256, carried=carried)
+  plot_context_lengths(by_context(*lengths, finite=False), empty, trained=256, carried=carried)
+  left = pixels(drawn, BLUE, width=0.45)
+  assert left > 20 and pixels(drawn, BLUE) > left + 50
+  assert pixels(empty, BLUE, width=0.45) == 0

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,6 +41,16 @@ def test_hugging_face_round_trips_all_of_the_text_and_only_the_text(tokenizer_js
   specials = {0, 1, 2}
   assert specials.isdisjoint(ids)
   assert [batch.tolist() for batch in tokenizer.encode_batch([text, 'mat', text])][::2] == [ids] * 2
+
+
+@pytest.mark.parametrize('text', ['', 'the cat', 'naïve 🐍\n'])
+def test_bytes_of_tokens_are_those_of_the_text_and_the_end_has_none(tokenizer_json, text):
+  for name in ('bytes', str(tokenizer_json)):
+    tokenizer = load_tokenizer(name)
+    ids = np.append(tokenizer.encode(text), np.uint32(tokenizer.end_of_text))
+    assert tokenizer.num_bytes(ids) == len(text.encode())
+  # A character that is cut counts by its bytes.
+  assert ByteTokenizer().num_bytes(ByteTokenizer().encode('🐍')[:3]) == 3
 
 
 def test_hugging_face_prefers_endoftext_and_counts_ids(tokenizer_json):

@@ -47,13 +47,10 @@ class TextStream:
     text = self._text(self._waiting)
     if not text.endswith(_INCOMPLETE):
       return self._give(self._take(len(self._waiting)), last=False)
-    # Of what does not end in the middle of a letter; so that what is no letter at all does not wait
-    # for ever, a place that changes nothing will do where no incomplete letter can reach.
+    # Of what no incomplete letter at the end can reach; else what is none would wait for ever.
     for count in range(len(self._waiting) - 1, 0, -1):
-      before = self._text(self._waiting[:count])
-      split = before + self._text(self._waiting[count:], self._context + self._waiting[:count])
       far = len(self._waiting) - count >= _MOST_INCOMPLETE
-      if split == text and (far or not before.endswith(_INCOMPLETE)):
+      if far or not self._text(self._waiting[:count]).endswith(_INCOMPLETE):
         return self._give(self._take(count), last=False)
     return ''
 
@@ -63,9 +60,8 @@ class TextStream:
       return ''
     return self._give(self._take(len(self._waiting)), last=True)
 
-  def _text(self, tokens: list[int], context: list[int] | None = None) -> str:
-    context = (self._context if context is None else context)[-_CONTEXT:]
-    return self._decode(context + tokens)[len(self._decode(context)) :]
+  def _text(self, tokens: list[int]) -> str:
+    return self._decode(self._context + tokens)[len(self._decode(self._context)) :]
 
   def _take(self, count: int) -> str:
     """Returns the text of so many waiting tokens, which then no longer wait."""

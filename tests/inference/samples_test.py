@@ -7,6 +7,7 @@ import pytest
 from ssm_moe.data.tokenizer import ByteTokenizer
 from ssm_moe.inference import samples, saved_state, writer
 from ssm_moe.inference.sampling import Sampling
+from ssm_moe.inference.text_stream import TextStream
 from tests.inference import models
 
 _BYTES = ByteTokenizer()
@@ -68,6 +69,21 @@ def test_an_end_of_text_ends_a_sample_and_is_not_part_of_it(model):
   assert ended[0].text == ends.decode(drawn[:first]) != ''
 
 
+def test_what_waited_is_given_out_at_the_end():
+  def sample(stop):
+    return samples.Sample(0, TextStream(_BYTES, stop=[stop]))
+
+  one = sample('xyz')
+  assert (one.push([*b'ax'], _END), one.end) == ('a', None)
+  assert (one.push([_END, *b'b'], _END), one.end, one.num_tokens) == ('x', 'end_of_text', 2)
+  one = sample('\ufffd')
+  assert (one.push([0xC3], _END), one.end) == ('', None)
+  assert (one.finish(), one.end) == ('', 'stop')
+  one = sample('xyz')
+  assert one.push([*b'ax'], _END) + one.finish() == one.text == 'ax'
+  assert one.end == 'max_tokens'
+
+
 def test_a_document_goes_on_from_a_file_as_if_never_left(model, tmp_path):
   greedy = Sampling(temperature=0.0)
   whole, _, _ = _written(model, _request('a long document', max_tokens=30, sampling=greedy))[0]
@@ -82,20 +98,19 @@ def test_a_document_goes_on_from_a_file_as_if_never_left(model, tmp_path):
   rest = samples.Request(
     prompts=[[loaded.token]], max_tokens=30 - first.num_shown, sampling=greedy, document=loaded
   )
-  text, _, _ = _written(model, rest)[0]
-  assert first.text + text == whole
+  *_, (second, _, kept) = samples.write_document(model, _BYTES, rest, keep=True)
+  assert first.text + second.text == whole
+  assert kept.num_tokens == 1 + len('a long document') + 30
 
 
 @pytest.mark.slow
-def test_what_is_kept_has_read_nothing_after_the_text(model):
+# Within what is written at once, and from the first such piece to the second.
+@pytest.mark.parametrize('place', [slice(9, 12), slice(2, writer.CHUNK + 4)], ids=str)
+def test_what_is_kept_has_read_nothing_after_the_text(model, place):
   whole, _, _ = _written(model, _request('x'))[0]
-  stop = whole[9:12]
-  last = None
-  for sample, _, document in samples.write_document(
-    model, _BYTES, _request('x', stop=[stop]), keep=True
-  ):
-    last = sample, document
-  sample, document = last
+  request = _request('x', stop=[whole[place]])
+  *_, (sample, _, document) = samples.write_document(model, _BYTES, request, keep=True)
+  assert sample.end == 'stop'
   read = [_END, *b'x', *_tokens(model)[: sample.num_shown]]
   assert document.token == read[-1] and document.num_tokens == len(read)
 

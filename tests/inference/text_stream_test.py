@@ -1,7 +1,7 @@
 """Pieces of text add up to the text, whatever its letters; a stop string ends it."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ssm_moe.data.tokenizer import ByteTokenizer
@@ -31,12 +31,15 @@ def _oracle(text, stop):
 
 @settings(deadline=None, max_examples=50)
 @given(_TOKENS)
+@example([0xE2, 0x82, 0xFF, 0xFF, 0xFF])  # the first two are one letter that is none
 def test_pieces_add_up_to_the_text_of_all_tokens(tokens):
   assert _streamed(tokens)[0] == _BYTES.decode(tokens)
 
 
 @settings(deadline=None, max_examples=50)
 @given(_TOKENS, st.lists(st.text('ab\né\ufffd', min_size=1, max_size=3), max_size=3))
+@example([*b'ab'], ['b', 'ab'])
+@example([*b'aab'], ['b', 'aabb'])
 def test_a_stop_string_ends_it_as_if_letters_came_one_by_one(tokens, stop):
   text, stream = _streamed(tokens, stop=stop)
   assert (text, stream.stopped) == _oracle(_BYTES.decode(tokens), stop)
@@ -76,6 +79,8 @@ class _Spaced:
 def test_a_first_word_is_spelled_as_one_that_follows():
   assert _streamed([1, 2, 3], _Spaced())[0] == 'w1 w2 w3'
   assert _streamed([1, 2, 3], _Spaced(), context=[7, 8])[0] == ' w1 w2 w3'
+  # Of two stop strings in one word, the one that is complete first.
+  assert _streamed([1, 2, 3], _Spaced(), stop=['w2', '1 '])[0] == 'w'
 
 
 def test_a_hugging_face_tokenizer():

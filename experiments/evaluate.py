@@ -14,6 +14,7 @@ of --include_path=FOLDER.
 import functools
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -121,6 +122,8 @@ def of_text(workdir, run: ExperimentConfig, lengths: tuple[int, ...]) -> dict[st
 
 def of_tasks(workdir, run: ExperimentConfig) -> dict[str, Any]:
   """Returns what the harness says."""
+  # One of the harness's libraries greets.
+  logging.getLogger('datasets').setLevel(logging.WARNING)
   from ssm_moe.interop import harness
 
   experiment = evaluation.with_data(run, (), _TOKENIZER.value, _BATCH_SIZE.value)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, UInt
+from jaxtyping import Integer, UInt
 
 from ssm_moe.data import DataError
 
@@ -45,7 +45,7 @@ class Tokenizer(Protocol):
   def decode(self, tokens: Iterable[int | np.integer]) -> str:
     """Returns the text of the ids; never fails, since a model can sample any id."""
 
-  def num_bytes(self, tokens: Int[np.ndarray, '_']) -> int:
+  def num_bytes(self, tokens: Integer[np.ndarray, '_']) -> int:
     """Returns how many UTF-8 bytes of a text the ids stand for; end-of-text stands for none."""
 
 
@@ -77,7 +77,7 @@ class ByteTokenizer:
         documents[-1].append(token)
     return END_OF_TEXT_NAMES[0].join(text.decode('utf-8', errors='replace') for text in documents)
 
-  def num_bytes(self, tokens: Int[np.ndarray, '_']) -> int:
+  def num_bytes(self, tokens: Integer[np.ndarray, '_']) -> int:
     return int(np.sum(tokens < self.end_of_text))
 
 
@@ -137,7 +137,7 @@ class HuggingFaceTokenizer:
     known = [int(token) for token in tokens if 0 <= token < self.vocab_size]
     return self._tokenizer.decode(known, skip_special_tokens=False)
 
-  def num_bytes(self, tokens: Int[np.ndarray, '_']) -> int:
+  def num_bytes(self, tokens: Integer[np.ndarray, '_']) -> int:
     return len(self.decode(tokens[tokens != self.end_of_text]).encode())
 
 

@@ -227,7 +227,7 @@ def run(
   names: Sequence[str],
   *,
   num_fewshot: int | None = None,
-  limit: float | None = None,
+  limit: float | int | None = None,
 ) -> dict[str, Any]:
   """Runs tasks.
 

@@ -15,6 +15,7 @@ from tests.models import small_model
 pytest.importorskip('lm_eval', reason='needs the extra [eval]')
 
 from lm_eval import utils
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from ssm_moe.interop import harness, likelihood
@@ -85,7 +86,10 @@ def make_model(**options):
 
 
 def requests(*arguments):
-  return [types.SimpleNamespace(args=args, task_name='task') for args in arguments]
+  return [
+    Instance('loglikelihood', {}, args, i, metadata=('task', i, 1))
+    for i, args in enumerate(arguments)
+  ]
 
 
 @pytest.mark.slow

@@ -30,7 +30,12 @@ _RANKS = {
 }
 # `training` uses the others of its rank to report on a run, and `analysis` measures inference; not
 # the other way round.
-_ALLOWED = {('training', 'analysis'), ('training', 'inference'), ('analysis', 'inference')}
+_ALLOWED = {
+  ('training', 'analysis'),
+  ('training', 'inference'),
+  ('analysis', 'inference'),
+  ('interop', 'inference'),
+}
 
 
 def _room(path):

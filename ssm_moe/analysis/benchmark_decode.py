@@ -52,7 +52,7 @@ class Model:
   def __init__(self, name: str, config: ModelConfig, *, seed: int = 0):
     self.name = name
     # In a loop over layers a prompt takes about as long, and compiles in a fraction of the time.
-    self._config = prefill.without_drops(dataclasses.replace(config, scan_periods=True))
+    self._config = lm.without_drops(dataclasses.replace(config, scan_periods=True))
     init = jax.jit(
       lambda key: nn.unbox(lm.LM(self._config).init(key, jnp.zeros((1, 2), jnp.int32)))
     )

@@ -53,7 +53,7 @@ def generate(
   if not num_tokens:
     return prompt[:, :0]
   lm.check_causal(config, 'generation')
-  config, sampling = prefill.without_drops(config), Sampling(temperature=temperature)
+  config, sampling = lm.without_drops(config), Sampling(temperature=temperature)
   logits, state = prefill.read(params, prompt, config=config)
   state, keys = decoder.apart(state, config), row_keys(key, jnp.arange(prompt.shape[0]))
   position = loop.first(logits, state, keys, sampling)

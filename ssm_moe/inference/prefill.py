@@ -5,7 +5,6 @@ where a document begins, convolution, scan and attention start anew, so that not
 the prompt, its state or its positions.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -45,7 +44,7 @@ def read(
   """
   if keep is not None:
     state = block.keep_rows(state, keep)
-  model, variables = lm.LM(without_drops(config)), {'params': params}
+  model, variables = lm.LM(lm.without_drops(config)), {'params': params}
   output = model.apply(variables, tokens, segment_ids=segment_ids, state=state)
   return model.apply(variables, output.hidden[:, -1], method='logits'), output.state
 
@@ -108,19 +107,3 @@ def _windows(longest: int, window: int, *, padded: bool) -> Iterator[int]:
   yield first
   for _ in range(full):
     yield window
-
-
-def without_drops(config: ModelConfig) -> ModelConfig:
-  """Returns the model without expert capacity: a device of training that would drop tokens here."""
-
-  def dropless(routing):
-    if routing.dispatch != 'capacity':
-      return routing
-    return dataclasses.replace(routing, dispatch='dropless', router_groups=1)
-
-  return dataclasses.replace(
-    config,
-    mamba=dataclasses.replace(config.mamba, rom=dropless(config.mamba.rom)),
-    mamba2=dataclasses.replace(config.mamba2, rom=dropless(config.mamba2.rom)),
-    moe=dropless(config.moe),
-  )

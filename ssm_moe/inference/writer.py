@@ -42,7 +42,7 @@ def prepare(params: PyTree, config: ModelConfig) -> Prepared:
     ConfigError: experts choose tokens, so that the model does not go on token by token.
   """
   lm.check_causal(config, 'generation')
-  config = prefill.without_drops(config)
+  config = lm.without_drops(config)
   return Prepared(params, decoder.make_weights(params, config=config), config)
 
 

@@ -1,5 +1,6 @@
 """The language model: embedding, periods of layers, norm, head."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -201,6 +202,27 @@ def with_moved_biases(params: Any, aux: PeriodAux, config: ModelConfig) -> Any:
     )
     params = _replaced(params, ['periods', *path], move)
   return params
+
+
+def without_drops(config: ModelConfig) -> ModelConfig:
+  """Returns the model without expert capacity.
+
+  Capacity is a device of training: with it, what is said of a sequence would depend on those that
+  happen to be beside it, and a step of generation would drop tokens.
+  """
+
+  def dropless(routing):
+    if routing.dispatch != 'capacity':
+      # Groups decide nothing else, and would have to divide every batch.
+      return dataclasses.replace(routing, router_groups=1)
+    return dataclasses.replace(routing, dispatch='dropless', router_groups=1)
+
+  return dataclasses.replace(
+    config,
+    mamba=dataclasses.replace(config.mamba, rom=dropless(config.mamba.rom)),
+    mamba2=dataclasses.replace(config.mamba2, rom=dropless(config.mamba2.rom)),
+    moe=dropless(config.moe),
+  )
 
 
 def check_causal(config: ModelConfig, purpose: str) -> None:

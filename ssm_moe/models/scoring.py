@@ -4,7 +4,6 @@ For evaluations that ask about single tokens: one window may be the whole sequen
 the state that the window before it left. Memory for logits does not grow with the length.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -34,27 +33,6 @@ class TokenScores(NamedTuple):
   likeliest: Bool[Array, 'B L']
 
 
-def without_drops(config: ModelConfig) -> ModelConfig:
-  """Returns the model without expert capacity.
-
-  Capacity is a device of training: with it, what is said of a sequence would depend on those that
-  happen to be scored beside it.
-  """
-
-  def dropless(routing):
-    if routing.dispatch != 'capacity':
-      # Groups decide nothing else, and would have to divide every batch.
-      return dataclasses.replace(routing, router_groups=1)
-    return dataclasses.replace(routing, dispatch='dropless', router_groups=1)
-
-  return dataclasses.replace(
-    config,
-    mamba=dataclasses.replace(config.mamba, rom=dropless(config.mamba.rom)),
-    mamba2=dataclasses.replace(config.mamba2, rom=dropless(config.mamba2.rom)),
-    moe=dropless(config.moe),
-  )
-
-
 @functools.partial(jax.jit, static_argnames=('config',))
 def score_window(
   params: PyTree,
@@ -80,7 +58,7 @@ def score_window(
   Returns:
     The scores, and the state for the next window.
   """
-  config = without_drops(config)
+  config = lm.without_drops(config)
   if state is not None and continues is not None:
     state = keep_rows(state, continues)
   with implementation.on_devices(1):

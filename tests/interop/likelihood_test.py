@@ -18,10 +18,8 @@ SIZES = ((1, 1), (3, 2), (3, 0), (40, 1), (1, 40), (30, 30), (16, 1), (17, 16), 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-  for module in (likelihood, decoding):
-    monkeypatch.setattr(module, 'PIECE', 16)
+  monkeypatch.setattr(likelihood, 'PIECE', 16)
   monkeypatch.setattr(likelihood, '_SHORTEST', 8)
-  monkeypatch.setattr(decoding, '_STEPS', 4)
 
 
 class Merging(ByteTokenizer):
@@ -131,12 +129,8 @@ def test_a_context_that_is_too_long_loses_its_beginning():
 
 
 @pytest.mark.slow
-def test_prompts_of_any_length_are_continued_together_as_each_is_alone(monkeypatch):
-  for module in (likelihood, decoding):
-    monkeypatch.setattr(module, 'PIECE', 4)
-  monkeypatch.setattr(likelihood, '_SHORTEST', 4)
+def test_prompts_of_any_length_are_continued_together_as_each_is_alone():
   random = np.random.default_rng(0)
-  # In one piece or two, of which the first has up to three tokens of padding.
   prompts = [random.integers(1, 257, n, np.int32) for n in (1, 2, 3, 5, 6, 7, 2)]
   found = dict(
     decoding.continuations(

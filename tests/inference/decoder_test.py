@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ssm_moe.config import AttentionConfig
+from ssm_moe.config import AttentionConfig, MambaConfig
 from ssm_moe.inference import decoder, loop
 from ssm_moe.inference.sampling import Sampling, row_keys
 from ssm_moe.models import lm
@@ -82,7 +82,7 @@ def _bytes(tree):
 @pytest.mark.parametrize(
   ('name', 'batch', 'changes'),
   [
-    ('mamba', 512, {}),
+    ('mamba', 512, {'mamba': MambaConfig(d_state=16)}),
     pytest.param(
       'hybrid',
       8,

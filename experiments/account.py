@@ -53,10 +53,14 @@ def _print_layout(experiment: config.ExperimentConfig) -> None:
   program = Program(experiment, mesh)
   state, axes = program.template, program.logical_axes
   parameters = layout.rows_of(state.params, axes.params)
-  moments, others = layout.follow(layout.rows_of(state.opt_state, axes.opt_state), parameters)
+  adapters = layout.rows_of(state.adapters, axes.adapters)
+  moments, others = layout.follow(
+    layout.rows_of(state.opt_state, axes.opt_state), parameters + adapters
+  )
   tokens, carried = PartitionSpec('batch', 'sequence'), PartitionSpec('layers', 'batch')
   sections = {
     'parameters': parameters,
+    'adapters': adapters,
     'optimizer, besides moments': others,
     'batch': layout.rows_of(program.batch_template, tokens),
     'carried state': layout.rows_of(state.model_state, carried),

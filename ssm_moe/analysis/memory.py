@@ -68,17 +68,32 @@ def train_step_bytes(
   if config.model.remat == 'period':
     one = dataclasses.replace(model, num_periods=1, remat='none')
     recomputed = _residual_bytes(one, state.params, **size)
+  moments = device_bytes(state.opt_state)
+  adapted = {}
+  if state.adapters is not None:
+    # With them added, and the gradients of that.
+    merged = 2 * _adapted_bytes(state.params, state.adapters)
+    adapted = {'adapters': device_bytes(state.adapters) + merged}
   return {
     'parameters': parameters,
-    'optimizer': device_bytes(state.opt_state),
-    # With accumulation the sum so far and those of the part exist side by side.
-    'gradients': parameters * (1 + (train.accumulation_steps > 1)),
+    **adapted,
+    'optimizer': moments,
+    # Of what is trained, of which AdamW has two moments. With accumulation the sum so far and those
+    # of the part exist side by side.
+    'gradients': min(parameters, moments // 2) * (1 + (train.accumulation_steps > 1)),
     'activations': _residual_bytes(model, state.params, **size),
     'recomputed_activations': recomputed,
     'loss': _loss_bytes(config, mesh, rows),
     'carried_state': device_bytes(state.model_state),
     'batch': device_bytes(batch),
   }
+
+
+def _adapted_bytes(params: Any, adapters: Any) -> int:
+  """Returns the bytes per device of the parameters that have adapters."""
+  if not isinstance(params, dict):
+    return device_bytes(params)
+  return sum(_adapted_bytes(params[name], below) for name, below in adapters.items())
 
 
 def _of_one_device(config: ModelConfig, mesh: jax.sharding.Mesh, tokens: int) -> ModelConfig:

@@ -91,11 +91,17 @@ _ROM = {
   'mamba2': (dense('S'), rom(top_k=2, expert_projections=ALL), None, ('S', 2)),
   'hybrid': (dense('M+F S W'), rom(), (0, 2, 6), ('M+F S W m+F S W', 1)),
 }
-_FAST = ('all_top1', 'second_layers_top2')
 
 
 @pytest.mark.parametrize(
-  'name', [pytest.param(n, marks=[pytest.mark.slow] * (n not in _FAST)) for n in _ROM]
+  'name',
+  [
+    pytest.param(
+      n,
+      marks=[pytest.mark.extended] * (n != 'second_layers_top2'),
+    )
+    for n in _ROM
+  ],
 )
 def test_routing_mamba_of_copies_is_the_dense_model(name):
   config, routing, layers, (pattern, num_periods) = _ROM[name]
@@ -122,7 +128,7 @@ _MOE = {
 }
 
 
-@pytest.mark.parametrize('name', ['all', pytest.param('some', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', ['all', pytest.param('some', marks=pytest.mark.extended)])
 def test_layers_that_are_put_in_add_zero(name):
   config, moe, layers, (pattern, num_periods) = _MOE[name]
   params = params_of(config)
@@ -138,29 +144,23 @@ def test_layers_that_are_put_in_add_zero(name):
 @pytest.mark.slow
 def test_step_by_step_is_as_exact():
   # First the output projections of one layer, then of all, then other projections too.
-  config = dense(num_periods=2)
+  config = dense('S')
   params = params_of(config)
-  expected = logits(config, params)
   first = rom(top_k=2, expert_projections=('out',))
   step = upcycle.to_rom(config, params, first, KEY, layers=[1], expert_noise=0.1)
-  assert np.abs(logits(*step) - expected).max() > 100 * FLOAT32_REORDERED  # noise is heard
   expected = logits(*step)
   more = rom(top_k=2, expert_projections=('gate', 'out'))
   for routing in (first, more):
     before, step = step, upcycle.to_rom(*step, routing, KEY)
-    assert (step[0].pattern, step[0].num_periods) == ('M', 2)
+    assert (step[0].pattern, step[0].num_periods) == ('S', 2)
     _check_fits(*step)
     assert_close(logits(*step), expected, rtol=FLOAT32_REORDERED)
   # What had experts has kept them.
-  kept = step[1]['periods']['layer_mamba_0']['out_proj']['kernel']
-  np.testing.assert_array_equal(kept, before[1]['periods']['layer_mamba_0']['out_proj']['kernel'])
-  step = upcycle.to_moe_mamba(*step, MoEConfig(num_experts=2, d_ff=4), KEY, layers=[0])
-  step = upcycle.to_moe_mamba(*step, step[0].moe, KEY, layers=[2])
-  assert (step[0].pattern, step[0].num_periods) == ('M E', 2)
-  assert_close(logits(*step), expected, rtol=FLOAT32_REORDERED)
+  kept = step[1]['periods']['layer_mamba2_0']['out_proj']['kernel']
+  np.testing.assert_array_equal(kept, before[1]['periods']['layer_mamba2_0']['out_proj']['kernel'])
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_noise_is_relative_and_of_each_expert():
   config = dense(num_periods=1)
   params = params_of(config)
@@ -204,6 +204,7 @@ def test_what_cannot_grow_is_said_in_one_line(config, routing, options, message)
   assert '\n' not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_periods_that_share_a_decision_are_kept():
   config = dense('M M', mamba=dataclasses.replace(MAMBA, rom=rom(kind='period')))
   grown = []
@@ -225,11 +226,19 @@ def test_feed_forward_layers_are_all_alike():
     upcycle.to_moe_mamba(dense(), {}, MoEConfig(routing='mixer'), KEY)
 
 
-_FINE_TUNED = {'rom': 'all_top1', 'moe_mamba': 'all'}
+@pytest.mark.extended
+def test_feed_forward_layers_are_put_in_step_by_step():
+  config = dense(num_periods=2)
+  step = config, params_of(config)
+  expected = logits(*step)
+  step = upcycle.to_moe_mamba(*step, MoEConfig(num_experts=2, d_ff=4), KEY, layers=[0])
+  step = upcycle.to_moe_mamba(*step, step[0].moe, KEY, layers=[2])
+  assert (step[0].pattern, step[0].num_periods) == ('M E', 2)
+  np.testing.assert_array_equal(logits(*step), expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['rom', 'moe_mamba'])
+@pytest.mark.parametrize('kind', ['rom', pytest.param('moe_mamba', marks=pytest.mark.extended)])
 def test_training_begins_at_the_same_loss_and_parts_the_experts(kind):
   if kind == 'rom':
     config, routing, *_ = _ROM['all_top1']

@@ -1,6 +1,7 @@
 """Adapters start as nothing, and merged they are the parameters of a plain model."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -33,6 +34,7 @@ CONFIG = ModelConfig(
 LORA = LoRAConfig(rank=1, alpha=3.0, targets=('periods/*',))
 
 
+@functools.cache
 def _boxed(config=CONFIG):
   return jax.eval_shape(lambda key: lm.boxed_params(config, key), jax.random.key(0))
 
@@ -71,6 +73,7 @@ def test_by_default_they_are_at_the_projections_of_mixers():
   assert adapted == {'in_proj', 'x_proj', 'dt_proj', 'out_proj'}
 
 
+@pytest.mark.slow
 def test_they_start_as_nothing():
   params = _random(_boxed())
   adapters = jax.jit(lambda key: nn.unbox(lora.init(key, _boxed(), LORA)))(jax.random.key(0))

@@ -69,10 +69,9 @@ def test_adapters_with_dropout_and_patience_end_as_if_never_stopped(
     def __enter__(self):
       return self
 
-  for _ in range(2):
-    with monkeypatch.context() as patch:
-      patch.setattr(loop, 'StopSignals', Stop)
-      assert small_run.run(config, tmp_path / 'stopped') is None
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, 'StopSignals', Stop)
+    assert small_run.run(config, tmp_path / 'stopped') is None
   small_run.run(config, tmp_path / 'stopped')
   whole, stopped = (small_run.arrays(config, tmp_path / name) for name in ('whole', 'stopped'))
   chex.assert_trees_all_equal(whole, stopped)
@@ -84,6 +83,7 @@ def test_adapters_with_dropout_and_patience_end_as_if_never_stopped(
 
   # The model is the other run's; what has moved are the adapters, and who reads it gets both.
   state, _ = whole
+  assert len(jax.tree.leaves(state.opt_state[1][0].mu)) == len(jax.tree.leaves(state.adapters))
   chex.assert_trees_all_equal(state.params, source[1])
   merged, _ = trained.read_params(tmp_path / 'whole', config)
   for name in ('in_proj', 'out_proj'):
@@ -136,10 +136,6 @@ def test_a_run_stops_early_and_its_best_checkpoint_is_used(text, tmp_path, valid
   assert (again['final_step'], again['valid_loss'], again['best_step']) == (4, 7.0, 2)
   assert message in capfd.readouterr().err.splitlines()
   assert small_run.rows(tmp_path) == rows
-
-  valid_losses(2.5)  # with more patience it goes on, and counts on
-  longer = _changed(config, 'train', early_stopping_patience=3)
-  assert small_run.run(longer, tmp_path)['final_step'] == 5
 
 
 def _folder(tmp_path, config):

@@ -12,6 +12,7 @@ output is a JSON object.
 """
 
 import json
+import os
 import pathlib
 import sys
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from ssm_moe import command_line
 with command_line.loading():
   import jax
 
-  from ssm_moe.config import ExperimentConfig
+  from ssm_moe.config import DataConfig, ExperimentConfig
   from ssm_moe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
   from ssm_moe.errors import UserError
   from ssm_moe.interop import huggingface, upcycle_flags
@@ -31,12 +32,10 @@ with command_line.loading():
   from ssm_moe.training import first_checkpoint, trained
   from ssm_moe.training import workdir as workdir_lib
 
-_FROM = flags.DEFINE_string(
-  'from', None, 'A Hugging Face folder, or a folder that train.py or this script wrote.'
-)
+_FROM = flags.DEFINE_string('from', None, 'A Hugging Face folder, or the folder of a run.')
 _TO = flags.DEFINE_string('to', None, 'The folder to write; must not exist.')
 _TOKENIZER = flags.DEFINE_string(
-  'tokenizer', None, "A tokenizer.json to take along in place of that of --from; 'none' for none."
+  'tokenizer', None, "A tokenizer.json in place of that of --from, or 'bytes'; 'none' takes none."
 )
 _FORMAT = flags.DEFINE_enum(
   'format', 'transformers', ['transformers', 'state_spaces'], 'Of the Hugging Face folder to write.'
@@ -52,7 +51,7 @@ class Source(NamedTuple):
   Attributes:
     experiment: The config of a run; of a Hugging Face folder, its model and defaults.
     params: Of the model.
-    tokenizer: The tokenizer of the model; None if there is none to take along.
+    tokenizer: To take along; None if there is none.
     origin: What it is, in a few words.
   """
 
@@ -73,65 +72,68 @@ def check_flags() -> tuple[pathlib.Path, pathlib.Path]:
       f'--from={folder}: has no {huggingface.CONFIG}; it must be a Hugging Face folder, or one '
       'that train.py or convert.py wrote'
     )
+  for flag in (_FORMAT, _DTYPE):
+    if flag.present and (huggingface.is_model(folder) or upcycle_flags.requested()):
+      raise UserError(f'--{flag.name}: --from={folder} becomes a workdir, which has none')
   command_line.check_new_output(_TO.name, _TO.value)
   return folder, pathlib.Path(_TO.value)
 
 
-def read_model(folder: pathlib.Path) -> Source:
-  """Reads a Hugging Face folder."""
-  tokenizer = _load_tokenizer(folder / huggingface.TOKENIZER)
-  if tokenizer is None:
-    print(f'{folder}: no tokenizer is taken along; --tokenizer gives one', file=sys.stderr)
+def read_model(folder: pathlib.Path, target: pathlib.Path) -> Source:
+  """Reads a Hugging Face folder, for a run in `target`."""
   model, params = huggingface.load(folder)
-  experiment = ExperimentConfig(model=model)
+  tokenizer = _load_tokenizer(str(folder / huggingface.TOKENIZER), model.vocab_size)
+  # Named even if it is not there: no other tokenizer, such as bytes, would be the model's.
+  own = str(target / workdir_lib.TOKENIZER)
+  name = tokenizer.name if isinstance(tokenizer, ByteTokenizer) else own
+  experiment = ExperimentConfig(model=model, data=DataConfig(tokenizer=name))
   return Source(experiment, params, tokenizer, f'the Hugging Face folder {folder}')
 
 
-def read_workdir(folder: pathlib.Path) -> Source:
+def read_workdir(folder: pathlib.Path, experiment: ExperimentConfig) -> Source:
   """Reads the folder of a run."""
-  experiment = workdir_lib.read_config(folder)
-  tokenizer = _load_tokenizer(experiment.data.tokenizer)
-  if isinstance(tokenizer, ByteTokenizer) and experiment.model.vocab_size < tokenizer.vocab_size:
-    tokenizer = None  # the default of a model that was made without
+  tokenizer = _load_tokenizer(experiment.data.tokenizer, experiment.model.vocab_size)
   params, step = trained.read_params(folder, experiment)
   return Source(experiment, params, tokenizer, f'step {step} in {folder}')
 
 
-def _load_tokenizer(own: str | pathlib.Path) -> Tokenizer | None:
-  if _TOKENIZER.value == 'none':
+def _load_tokenizer(own: str, vocab_size: int) -> Tokenizer | None:
+  """Returns the tokenizer that the flag names, else that of --from, if it is there."""
+  name = own if _TOKENIZER.value is None else _TOKENIZER.value
+  absent = name == own != ByteTokenizer.name and not os.path.exists(own)
+  if name == 'none' or absent:
     return None
-  if _TOKENIZER.value is not None:
-    return load_tokenizer(_TOKENIZER.value)
-  absent = isinstance(own, pathlib.Path) and not own.exists()
-  return None if absent else load_tokenizer(str(own))
-
-
-def check_vocabulary(source: Source) -> None:
-  """Checks that the model has every id of the tokenizer."""
-  vocab_size, tokenizer = source.experiment.model.vocab_size, source.tokenizer
-  if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+  tokenizer = load_tokenizer(name)
+  if tokenizer.vocab_size > vocab_size:
     raise UserError(
-      f'{source.origin}: tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, the '
-      f'model {vocab_size} tokens; give another by --tokenizer, or none'
+      f'tokenizer {name} has ids up to {tokenizer.vocab_size - 1}, and the model {vocab_size} '
+      'tokens; give another by --tokenizer, or none'
     )
+  return tokenizer
 
 
 def main() -> None:
   folder, target = check_flags()
   upcycled, is_model = upcycle_flags.requested(), huggingface.is_model(folder)
-  exported = not (is_model or upcycled)
   family = None if _FORMAT.value == 'transformers' else _FORMAT.value
-  if exported:
-    huggingface.check_savable(workdir_lib.read_config(folder).model, family)
-  source = (read_model if is_model else read_workdir)(folder)
+  if is_model:
+    source = read_model(folder, target)
+  else:
+    experiment = workdir_lib.read_config(folder)
+    if not upcycled:
+      huggingface.check_savable(experiment.model, family)
+    source = read_workdir(folder, experiment)
   if upcycled:
     experiment, params, done = upcycle_flags.upcycled(source.experiment, source.params)
     origin = f'{source.origin}, {done}'
     source = source._replace(experiment=experiment, params=params, origin=origin)
-  check_vocabulary(source)
   tokenizer = source.tokenizer
   contents = tokenizer and tokenizer.serialized
-  if exported:
+  if is_model or upcycled:
+    first_checkpoint.write(
+      target, source.experiment, source.params, origin=source.origin, tokenizer=contents
+    )
+  else:
     huggingface.save(
       target,
       source.experiment.model,
@@ -141,15 +143,13 @@ def main() -> None:
       tokenizer=contents,
       end_of_text=tokenizer and tokenizer.end_of_text,
     )
-  else:
-    first_checkpoint.write(
-      target, source.experiment, source.params, origin=source.origin, tokenizer=contents
-    )
+  if source.tokenizer is None:
+    print(f'{target} has no tokenizer; --tokenizer takes one along', file=sys.stderr)
   result = {
     'from': str(folder),
     'to': str(target),
     'parameters': sum(leaf.size for leaf in jax.tree.leaves(source.params)),
-    'tokenizer': tokenizer and tokenizer.name,
+    'tokenizer': source.tokenizer and source.tokenizer.name,
   }
   print(json.dumps(result))
 

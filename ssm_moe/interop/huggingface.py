@@ -69,8 +69,12 @@ def load(folder: pathlib.Path) -> tuple[ModelConfig, PyTree]:
         f'{file} lists {config.num_periods} layers; there are {len(reader.names())} tensors'
       )
     tensors = family.tensors(config)
-    names = _check_tensors(reader, config, tensors)
-    params = layout.empty_params(config)
+    try:
+      shapes = layout.param_shapes(config)
+    except (OverflowError, ValueError):
+      raise UserError(f'{file} describes arrays that are too large') from None
+    names = _check_tensors(reader, config, tensors, shapes)
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
     for name, tensor in zip(names, tensors):
       tensor.put(reader.read(name), params)
     halved = reader.dtype(names[0]) == ml_dtypes.bfloat16
@@ -152,17 +156,13 @@ def _family_to_write(config: ModelConfig, name: str | None) -> Family:
 
 
 def _check_tensors(
-  reader: weights.Reader, config: ModelConfig, tensors: list[layout.Tensor]
+  reader: weights.Reader, config: ModelConfig, tensors: list[layout.Tensor], shapes: PyTree
 ) -> list[str]:
   """Returns the names that the tensors have in the files.
 
   Raises:
     UserError: one is missing, has another shape or is not of such a model.
   """
-  try:
-    shapes = layout.param_shapes(config)
-  except (OverflowError, ValueError):
-    raise UserError(f'{reader.folder / CONFIG} describes arrays that are too large') from None
   names = []
   left = reader.names()
   for tensor in tensors:

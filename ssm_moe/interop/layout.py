@@ -110,18 +110,10 @@ def model_tensors(
 
 
 def param_shapes(config: ModelConfig) -> PyTree:
-  """Returns arrays of the parameters' shapes that take no memory, to ask for shapes."""
+  """Returns float32 arrays of the parameters' shapes that take no memory."""
+  boxed = jax.eval_shape(lambda key: lm.boxed_params(config, key), jax.random.key(0))
   zero = np.zeros((), np.float32)
-  return jax.tree.map(lambda leaf: np.broadcast_to(zero, leaf.shape), _abstract(config))
-
-
-def empty_params(config: ModelConfig) -> PyTree:
-  """Returns arrays on the host for the parameters of a model, with arbitrary values."""
-  return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _abstract(config))
-
-
-def _abstract(config: ModelConfig) -> PyTree:
-  return nn.unbox(jax.eval_shape(lambda key: lm.boxed_params(config, key), jax.random.key(0)))
+  return jax.tree.map(lambda leaf: np.broadcast_to(zero, leaf.shape), nn.unbox(boxed))
 
 
 def _rows_first(part: Part, params: PyTree, form: Form) -> np.ndarray:

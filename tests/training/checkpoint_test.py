@@ -71,6 +71,18 @@ class TestRoundTrip:
         checkpointer.restore(template)
     chex.assert_trees_all_equal(restored.state, {'params': state['params']})
 
+  def test_step_0_has_a_template_of_its_own_also_as_the_last_resort(self, tmp_path):
+    params = {'params': small_state()['params']}
+    whole = template_of(small_state())
+    with make(tmp_path) as checkpointer:
+      checkpointer.save(0, params, metadata={})
+      save_steps(checkpointer, [3])
+      assert checkpointer.restore(whole, first=template_of(params)).step == 3
+      shutil.rmtree(tmp_path / '00000003' / 'state')
+      restored = checkpointer.restore(whole, first=template_of(params))
+    assert restored.step == 0 and len(restored.skipped) == 1
+    chex.assert_trees_all_equal(restored.state, params)
+
   def test_restores_on_other_meshes(self, tmp_path, rng):
     def sharding(devices, spec):
       mesh = jax.make_mesh(

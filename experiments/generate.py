@@ -49,8 +49,8 @@ def check_flags() -> Sampling:
   if not _CHECKPOINT.value:
     raise UserError('--checkpoint is not given')
   for flag, least in ((_NUM_SAMPLES, 1), (_BATCH_SIZE, 1), (_SEED, 0), (_MAX_TOKENS, 0)):
-    if flag.value < least:
-      raise UserError(f'--{flag.name}={flag.value}: it must be at least {least}')
+    if not least <= flag.value < 2**31:
+      raise UserError(f'--{flag.name}={flag.value}: it must be {least} to {2**31 - 1}')
   if '' in _STOP.value:
     raise UserError('--stop= is empty; it must be the text to end before')
   if _PROMPT.value is not None and _PROMPTS_FILE.value is not None:
@@ -93,13 +93,13 @@ def write_lines(model, encoder, request: samples.Request, texts: list[str]) -> i
 
 def write_text(model, encoder, request: samples.Request, identity: str | None) -> int:
   """Writes the one sample as it comes, and what is to be kept; returns the number of tokens."""
-  written, keep = 0, _SAVE_STATE.value is not None
+  written, keep = 0, bool(_SAVE_STATE.value)
   for sample, piece, document in samples.write_document(model, encoder, request, keep=keep):
     print(prompts.printable(piece), end='', flush=True)
     written = sample.num_tokens
     if document:
       saved_state.save(_SAVE_STATE.value, document, model.config, identity)
-  print(flush=True)
+  print(end='\n' if request.max_tokens else '', flush=True)
   if keep:
     print(f'{document.num_tokens} tokens are kept in {_SAVE_STATE.value}', file=sys.stderr)
   return written

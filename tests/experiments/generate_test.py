@@ -103,7 +103,8 @@ def test_a_file_that_is_no_state_is_one_line(folder):
   [
     ((), '--checkpoint is not given'),
     (('--checkpoint=none', '--prompt=a'), 'none: has no config.json'),
-    (('--checkpoint=run', '--num_samples=0'), '--num_samples=0: it must be at least 1'),
+    (('--checkpoint=run', '--num_samples=0'), '--num_samples=0: it must be 1 to 2147483647'),
+    (('--checkpoint=run', f'--seed={2**64}'), f'--seed={2**64}: it must be 0 to 2147483647'),
     (('--checkpoint=run', '--top_p=1.5'), '--top_p is 1.5; it must be above 0 and at most 1'),
     (('--checkpoint=run', '--temperature=-1'), '--temperature is -1.0; it must be finite'),
     (('--checkpoint=run', '--stop='), '--stop= is empty; it must be the text to end before'),

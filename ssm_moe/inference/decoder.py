@@ -7,6 +7,7 @@ so that each is written in place.
 """
 
 import functools
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ _COLUMNS = 128
 _FLOAT32 = ('A_log', 'selection_bias', 'router')
 
 
+@no_type_check  # JAX rebuilds it with shapes and layouts in place of arrays
 class DecodeWeights(struct.PyTreeNode):
   """The parameters of a model, laid out for steps of one token.
 

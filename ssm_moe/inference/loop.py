@@ -1,6 +1,7 @@
 """The loops over tokens, which stay on the device."""
 
 import functools
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from ssm_moe.inference.sampling import Sampling, draw
 from ssm_moe.shapes import Array, Bool, Float, Int, Key
 
 
+@no_type_check  # JAX rebuilds it with shapes and layouts in place of arrays
 class Position(struct.PyTreeNode):
   """Where each row of a batch is.
 

@@ -155,7 +155,7 @@ class Writer:
       sampling=self._sampling,
     )
 
-  def _advance(self, position: loop.Position, count: int, ended: Array):
+  def _advance(self, position: loop.Position, count: int, ended: np.ndarray):
     """Returns at most `count` tokens, where rows are then, and which have ended."""
     tokens, position, ended, done = loop.advance_until(
       self._model.weights,

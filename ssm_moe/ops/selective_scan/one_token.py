@@ -11,7 +11,7 @@ from ssm_moe.ops.selective_scan.reference import compute_dtype
 from ssm_moe.shapes import Array, Float, Int
 
 
-def supports(x: Float[Array, 'B L D'], *_) -> str | None:
+def supports(x: Float[Array, 'B L ...'], *_) -> str | None:
   """Returns why these arguments cannot be run, or None."""
   return None if x.shape[1] == 1 else f'it runs one token, and there are {x.shape[1]}'
 

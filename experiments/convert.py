@@ -74,7 +74,9 @@ def check_flags() -> tuple[pathlib.Path, pathlib.Path]:
     )
   for flag in (_FORMAT, _DTYPE):
     if flag.present and (huggingface.is_model(folder) or upcycle_flags.requested()):
-      raise UserError(f'--{flag.name}: --from={folder} becomes a workdir, which has none')
+      raise UserError(
+        f'--{flag.name} is for a Hugging Face folder to write; --from={folder} becomes a workdir'
+      )
   command_line.check_new_output(_TO.name, _TO.value)
   return folder, pathlib.Path(_TO.value)
 

@@ -80,7 +80,7 @@ def test_an_upward_import_is_found(tmp_path, monkeypatch):
   assert list(_violations(planted))
 
 
-@pytest.mark.parametrize('module', ['ssm_moe.models.lm', 'ssm_moe.training.loop'])
+@pytest.mark.parametrize('module', ['ssm_moe.interop.huggingface', 'ssm_moe.training.loop'])
 def test_import_touches_no_device_and_no_flag(module):
   check = (
     f'import {module}, jax\n'

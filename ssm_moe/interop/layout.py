@@ -111,7 +111,7 @@ def model_tensors(
 
 def param_shapes(config: ModelConfig) -> PyTree:
   """Returns float32 arrays of the parameters' shapes that take no memory."""
-  boxed = jax.eval_shape(lambda key: lm.boxed_params(config, key), jax.random.key(0))
+  boxed = jax.eval_shape(lambda: lm.boxed_params(config, jax.random.key(0)))
   zero = np.zeros((), np.float32)
   return jax.tree.map(lambda leaf: np.broadcast_to(zero, leaf.shape), nn.unbox(boxed))
 

@@ -64,7 +64,7 @@ def write(
         checkpointer.save(0, {'params': params}, metadata={'origin': origin})
     except UserError as error:
       # The folder has another name until it is whole.
-      where = str(error).replace(str(folder.absolute()), str(workdir))
+      where = str(error).replace(folder.name, workdir.name)
       raise type(error)(where) from error.__cause__
 
 
@@ -74,9 +74,7 @@ def check_params(experiment: ExperimentConfig, params: PyTree) -> None:
   Raises:
     ValueError: they are not those of the model.
   """
-  expected = nn.unbox(
-    jax.eval_shape(lambda key: lm.boxed_params(experiment.model, key), jax.random.key(0))
-  )
+  expected = nn.unbox(jax.eval_shape(lambda: lm.boxed_params(experiment.model, jax.random.key(0))))
   there, here = _described(params), _described(expected)
   for name in there | here:
     if there.get(name) != here.get(name):
